@@ -295,7 +295,11 @@ _GRADIENT = (
     "The {background} tone fades gently and becomes darker below.",
     "Behind it the {background} gradient grows slowly darker.",
 )
-_MOOD = ("Minimal poster style, flat colours.", "A calm and friendly graphic.", "Simple vector art, high contrast.")
+_MOOD = (
+    "Minimal poster style, flat colours.",
+    "A calm and friendly graphic.",
+    "Simple vector art, high contrast.",
+)
 
 
 def long_description(given: Mapping[str, str], rng: np.random.Generator) -> str:
@@ -310,7 +314,9 @@ def long_description(given: Mapping[str, str], rng: np.random.Generator) -> str:
     for fact in ("shape", "color", "size", "place", "background"):
         options: Collection[str] = VALUES[fact]
         if fact == "color" and "background" in filled:
-            options = [value for value in options if is_drawable(value, filled["background"], filled["style"])]
+            options = [
+                value for value in options if is_drawable(value, filled["background"], filled["style"])
+            ]
         if fact == "background":
             options = [value for value in options if is_drawable(filled["color"], value, filled["style"])]
         filled.setdefault(fact, list(options)[rng.integers(len(options))])
