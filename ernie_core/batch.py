@@ -1,0 +1,335 @@
+"""Batches from prompt lists: reading rows, remembering which pictures exist, running the rest.
+
+A run owns one folder: pictures and `manifest.jsonl`, one line per finished picture, written after the picture is safely
+on disk. A row is done when the manifest names its hash and the file is there, so an interrupted run goes on where it
+stopped and nothing is made twice. Files are never overwritten: the hash is part of the name.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .config import check_size
+from .errors import ErnieError
+
+logger = logging.getLogger(__name__)
+
+SUFFIXES = (".txt", ".csv", ".jsonl")
+MANIFEST = "manifest.jsonl"
+MAX_SEED = 2**64 - 1
+ENCODE_AHEAD = 16  # rows whose prompts are encoded before sampling starts: fewer swaps of text encoder and transformer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One picture to make."""
+
+    label: str
+    """Where it came from, for people: "row 3" or "captions.csv row 3"."""
+    prompt: str
+    negative: str
+    seed: int
+    width: int
+    height: int
+    steps: int
+    cfg: float
+    shift: float
+
+    @property
+    def hash(self) -> str:
+        """Twelve hex digits that follow from everything that shapes the picture, not from where the row stands."""
+        values = {k: v for k, v in asdict(self).items() if k != "label"}
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """A row, or a column, that cannot be used; the others still are."""
+
+    label: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.label}: {self.reason}"
+
+
+# column -> how its text becomes a value; the columns a row may have besides "prompt"
+_COLUMNS: dict[str, Callable[[Any], Any]] = {
+    "prompt": str,
+    "negative": str,
+    "seed": int,
+    "width": int,
+    "height": int,
+    "steps": int,
+    "cfg": float,
+    "shift": float,
+}
+
+
+def read_rows(source: str, defaults: Row, *, folder: Path | None = None) -> tuple[list[Row], list[Problem]]:
+    """Rows of a prompt list, and what could not be read.
+
+    Args:
+        source: one prompt per line; or the path of a .txt (one prompt per line), .csv (header with `prompt`) or .jsonl
+            file (one object per line); or a folder of such files. A relative path is looked up in `folder`.
+        defaults: values for what a row leaves out; a row without a seed gets the default seed + its place in the list.
+        folder: where relative paths start.
+
+    Raises:
+        ErnieError: the file or folder is missing or of another kind, or not one row is usable (names the first five).
+    """
+    path = _as_path(source, folder)
+    rows: list[Row] = []
+    problems: list[Problem] = []
+    for label, values in _iter_values(source, path, problems):
+        try:
+            rows.append(_make_row(label, values, defaults, len(rows) + len(problems)))
+        except ErnieError as e:
+            problems.append(Problem(label=label, reason=str(e)))
+    if not rows:
+        detail = "; ".join(str(p) for p in problems[:5]) or "it holds no prompts"
+        raise ErnieError(f"the prompt list has no usable row ({detail}). Write one prompt per line.")
+    return rows, problems
+
+
+def _as_path(source: str, folder: Path | None) -> Path | None:
+    """The file or folder `source` names, or None when it is text."""
+    text = source.strip().strip('"')
+    if not text or "\n" in text or len(text) > 1024:
+        return None
+    candidates = [Path(text), *([folder / text] if folder else [])]
+    for path in candidates:
+        if path.exists() and (path.is_dir() or path.suffix.lower() in SUFFIXES):
+            return path
+    if Path(text).suffix.lower() in SUFFIXES:
+        raise ErnieError(f"no such prompt file: {' or '.join(str(p) for p in candidates)}.")
+    return None
+
+
+def _iter_values(source: str, path: Path | None, problems: list[Problem]) -> Iterator[tuple[str, dict[str, Any]]]:
+    if path is None:
+        yield from _iter_text(source, "")
+    elif path.is_file():
+        yield from _iter_file(path, "", problems)
+    else:
+        files = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES)
+        if not files:
+            raise ErnieError(f"the folder {path} holds no {', '.join(SUFFIXES)} file.")
+        for file in files:
+            yield from _iter_file(file, f"{file.name} ", problems)
+
+
+def _iter_file(path: Path, where: str, problems: list[Problem]) -> Iterator[tuple[str, dict[str, Any]]]:
+    try:
+        text = path.read_bytes().decode("utf-8-sig", errors="replace")
+    except OSError as e:
+        problems.append(Problem(label=path.name, reason=f"cannot be read ({e.strerror or e})"))
+        return
+    if path.suffix.lower() == ".csv":
+        yield from _iter_csv(text, where, problems)
+    elif path.suffix.lower() == ".jsonl":
+        yield from _iter_jsonl(text, where, problems)
+    else:
+        yield from _iter_text(text, where)
+
+
+def _iter_text(text: str, where: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    for number, line in enumerate(text.splitlines(), start=1):
+        if line.strip() and not line.lstrip().startswith("#"):
+            yield f"{where}row {number}", {"prompt": line.strip()}
+
+
+def _iter_csv(text: str, where: str, problems: list[Problem]) -> Iterator[tuple[str, dict[str, Any]]]:
+    reader = csv.DictReader(io.StringIO(text, newline=""), skipinitialspace=True)
+    columns = [c.strip().lower() for c in reader.fieldnames or []]
+    if "prompt" not in columns:
+        problems.append(
+            Problem(label=f"{where}header", reason=f"needs a column named prompt, got {', '.join(columns) or 'nothing'}")
+        )
+        return
+    reader.fieldnames = columns
+    number = 0
+    try:
+        for number, values in enumerate(reader, start=1):
+            if values.get(None):  # more cells than the header has
+                problems.append(
+                    Problem(
+                        label=f"{where}row {number}",
+                        reason=f"has {len(columns) + len(values[None])} cells, the header has {len(columns)}; "
+                        "put a prompt with commas in double quotes",
+                    )
+                )
+                continue
+            yield f"{where}row {number}", {k: v for k, v in values.items() if v is not None and v.strip()}
+    except csv.Error as e:
+        problems.append(Problem(label=f"{where}row {number + 1}", reason=f"is not CSV ({e}); the file ends here"))
+
+
+def _iter_jsonl(text: str, where: str, problems: list[Problem]) -> Iterator[tuple[str, dict[str, Any]]]:
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        label = f"{where}row {number}"
+        try:
+            values = json.loads(line)
+        except ValueError as e:
+            problems.append(Problem(label=label, reason=f"is not JSON ({e})"))
+            continue
+        if not isinstance(values, dict):
+            problems.append(Problem(label=label, reason='must be an object such as {"prompt": "a red apple"}'))
+            continue
+        yield label, {str(k).strip().lower(): v for k, v in values.items() if v is not None}
+
+
+def _make_row(label: str, values: dict[str, Any], defaults: Row, place: int) -> Row:
+    unknown = sorted(values.keys() - _COLUMNS.keys())
+    if unknown:
+        raise ErnieError(f"has unknown columns {', '.join(unknown)}; known are {', '.join(_COLUMNS)}")
+    if not str(values.get("prompt", "")).strip():
+        raise ErnieError("has no prompt")
+    read: dict[str, Any] = {"seed": (defaults.seed + place) & MAX_SEED}
+    for name, value in values.items():
+        try:
+            read[name] = _COLUMNS[name](value.strip() if isinstance(value, str) else value)
+        except (TypeError, ValueError) as e:
+            kind = _COLUMNS[name].__name__
+            raise ErnieError(f"{name} must be {'a whole number' if kind == 'int' else 'a number'}, got {value!r}") from e
+    row = replace(defaults, label=label, **read)
+    if "\ufffd" in row.prompt + row.negative:
+        raise ErnieError("is not UTF-8 text; save the file as UTF-8")
+    check_size(row.width, row.height)
+    if not 0 <= row.seed <= MAX_SEED:
+        raise ErnieError(f"seed must lie between 0 and {MAX_SEED}, got {row.seed}")
+    if row.steps < 1:
+        raise ErnieError(f"steps must be at least 1, got {row.steps}")
+    if not (0 <= row.cfg < float("inf")):
+        raise ErnieError(f"cfg must be 0 or more, got {row.cfg:g}")
+    if not (0 < row.shift < float("inf")):
+        raise ErnieError(f"shift must be above 0, got {row.shift:g}")
+    return row
+
+
+def run_folder(output: Path, name: str) -> Path:
+    """The folder `name` inside `output`, made if needed.
+
+    Raises:
+        ErnieError: `name` is empty or leads outside `output`.
+    """
+    folder = (output / name.strip()).resolve()
+    if not name.strip() or not folder.is_relative_to(output.resolve()) or folder == output.resolve():
+        raise ErnieError(f"name must be a folder inside the output folder, such as 'batch', got {name!r}.")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def read_manifest(folder: Path) -> dict[str, str]:
+    """Row hash -> file name of every finished picture that is still there; a half-written last line is left out."""
+    path = folder / MANIFEST
+    done: dict[str, str] = {}
+    if not path.exists():
+        return done
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            entry = json.loads(line)
+            digest, file = entry["hash"], entry["file"]
+        except (ValueError, KeyError, TypeError):
+            logger.warning("%s: a line could not be read and is left out: %.60s", path, line)
+            continue
+        if (folder / file).is_file():
+            done[digest] = file
+    return done
+
+
+def append_manifest(folder: Path, row: Row, file: str) -> None:
+    """Add one line and force it to disk; call it after the picture is written."""
+    entry = {"hash": row.hash, "file": file, **asdict(row)}
+    with (folder / MANIFEST).open("a+b") as f:
+        if f.tell():
+            f.seek(-1, os.SEEK_END)
+            if f.read(1) != b"\n":  # a run was killed while writing its last line
+                f.write(b"\n")
+        f.write(json.dumps(entry, ensure_ascii=False).encode() + b"\n")
+        f.flush()
+        os.fsync(f.fileno())
+
+
+def read_image(path: Path) -> Tensor:
+    """A picture file as a float tensor [H, W, 3] in [0, 1]."""
+    with Image.open(path) as image:
+        return torch.from_numpy(np.asarray(image.convert("RGB")).astype(np.float32) / 255.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchResult:
+    """What a run left behind."""
+
+    files: list[Path]
+    """One per row, in the order of the rows."""
+    made: int
+    kept: int
+
+    def report(self, problems: Iterable[Problem]) -> str:
+        """A few lines for people: counts, folder, and each row that could not be used."""
+        problems = list(problems)
+        lines = [f"{self.made} made, {self.kept} already there, {len(problems)} not usable"]
+        if self.files:
+            lines.append(f"in {self.files[0].parent}")
+        return "\n".join([*lines, *(str(p) for p in problems)])
+
+
+def run_rows(
+    rows: list[Row],
+    folder: Path,
+    *,
+    encode: Callable[[str], Any],
+    generate: Callable[[Row, Any, Any], Tensor],
+    save: Callable[[Tensor, Path, Row], None],
+    on_row: Callable[[int, int, Row], None] | None = None,
+) -> BatchResult:
+    """Make every picture that is not there yet, one after the other.
+
+    Args:
+        rows: what to make; two rows that ask for the very same picture share one file.
+        folder: where pictures and manifest go (`run_folder`).
+        encode: text -> conditioning; called once per different text of a group of rows.
+        generate: (row, positive, negative) -> picture [H, W, 3] in [0, 1]; negative is None at cfg 1.
+        save: writes a picture; must be atomic.
+        on_row: called with (number from 1, rows to make, row) before each picture; may raise to stop, and everything
+            finished until then stays.
+    """
+    done = read_manifest(folder)
+    pending = list({row.hash: row for row in rows if row.hash not in done}.values())
+    for start in range(0, len(pending), ENCODE_AHEAD):
+        group = pending[start : start + ENCODE_AHEAD]
+        texts = [t for row in group for t in ([row.prompt] if row.cfg == 1 else [row.prompt, row.negative])]
+        encoded = {text: encode(text) for text in dict.fromkeys(texts)}
+        for number, row in enumerate(group, start=start + 1):
+            if on_row is not None:
+                on_row(number, len(pending), row)
+            image = generate(row, encoded[row.prompt], None if row.cfg == 1 else encoded[row.negative])
+            file = f"{row.hash}_{row.seed}.png"
+            save(image, folder / file, row)
+            append_manifest(folder, row, file)
+            done[row.hash] = file
+    return BatchResult(
+        files=[folder / done[row.hash] for row in rows], made=len(pending), kept=len(rows) - len(pending)
+    )
+
+
+def row_entries(row: Row) -> dict[str, str]:
+    """The row's settings as text, for a picture's metadata."""
+    return {f.name: str(getattr(row, f.name)) for f in fields(row) if f.name != "label"}

@@ -1,0 +1,64 @@
+"""The nodes, as one ComfyUI extension. A node is a schema and one call; only `host.py` touches the host's internals."""
+
+from __future__ import annotations
+
+import logging
+
+from comfy_api.latest import ComfyExtension
+
+from . import host
+
+logger = logging.getLogger(__name__)
+
+# 0.12: FLUX.2 latents and VAE, the V3 schema arguments the nodes use.
+MINIMUM_HOST = (0, 12)
+
+
+class ErnieExtension(ComfyExtension):
+    async def get_node_list(self) -> list[type]:
+        from .batch import ErnieBatchFromPrompts
+        from .loading import (
+            ErnieLoadDiffusionModel,
+            ErnieLoadImageModel,
+            ErnieLoadPromptEnhancer,
+            ErnieLoadTextEncoder,
+            ErnieLoadVAE,
+        )
+        from .sampling import ErnieEmptyLatent, ErnieSampler, ErnieSigmas
+        from .text import ErnieEncodePrompt, ErnieEnhancePrompt
+
+        return [
+            ErnieLoadImageModel,
+            ErnieLoadDiffusionModel,
+            ErnieLoadTextEncoder,
+            ErnieLoadPromptEnhancer,
+            ErnieLoadVAE,
+            ErnieEncodePrompt,
+            ErnieEnhancePrompt,
+            ErnieEmptyLatent,
+            ErnieSampler,
+            ErnieSigmas,
+            ErnieBatchFromPrompts,
+        ]
+
+
+class NoNodes(ComfyExtension):
+    """What a host that is too old gets."""
+
+    async def get_node_list(self) -> list[type]:
+        return []
+
+
+def make_extension() -> ComfyExtension:
+    """All nodes, or none and one line in the log on a ComfyUI older than `MINIMUM_HOST`."""
+    version = host.host_version()
+    if version is not None and version < MINIMUM_HOST:
+        needed, found = (".".join(map(str, v)) for v in (MINIMUM_HOST, version))
+        logger.warning(
+            "The ERNIE-Image nodes need ComfyUI %s or newer and this is %s: none was added. "
+            "Update ComfyUI to use them.",
+            needed,
+            found,
+        )
+        return NoNodes()
+    return ErnieExtension()

@@ -1,0 +1,134 @@
+"""Many pictures from a list of prompts."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from . import host
+from .sampling import CUSTOM, MAX_SEED, PRESETS, cfg_input, preset_settings, shift_input, size_inputs, steps_input
+
+CATEGORY = "ERNIE/batch"
+ROW_TOOLTIP = " For rows without a %s column."
+
+
+class ErnieBatchFromPrompts(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ErnieBatchFromPrompts",
+            display_name="Batch from Prompts (ERNIE)",
+            category=CATEGORY,
+            description="Makes one picture per row of a prompt list and goes on where an interrupted run stopped.",
+            is_output_node=True,
+            not_idempotent=True,
+            inputs=[
+                io.Model.Input("model", tooltip="ERNIE-Image model, from these loaders or from core's."),
+                io.Clip.Input("clip", tooltip="Text encoder, from these loaders or from core's."),
+                io.Vae.Input("vae", tooltip="FLUX.2 VAE, from these loaders or from core's."),
+                io.String.Input(
+                    "source",
+                    multiline=True,
+                    default="",
+                    tooltip="One prompt per line (# starts a comment); or the path of a .txt, .csv or .jsonl file, or of a "
+                    "folder of them. csv and jsonl may have the columns prompt, negative, seed, width, height, steps, cfg, "
+                    "shift. Relative paths start in ComfyUI's input folder.",
+                ),
+                io.String.Input(
+                    "name",
+                    default="batch",
+                    tooltip="Folder inside the output folder. A row whose picture is already there is not made again: take a "
+                    "new name when you change model or LoRA.",
+                ),
+                io.String.Input(
+                    "negative", multiline=True, default="", tooltip="Negative prompt." + ROW_TOOLTIP % "negative"
+                ),
+                *size_inputs("Picture %s in pixels, a multiple of 16. For rows without that column."),
+                io.Combo.Input(
+                    "preset",
+                    options=[*PRESETS, CUSTOM],
+                    default=next(iter(PRESETS)),
+                    tooltip="Official steps / cfg of the two models, for rows without those columns. custom takes steps and "
+                    "cfg from below.",
+                ),
+                steps_input(tooltip="Model evaluations, 1 to 1000, when preset is custom." + ROW_TOOLTIP % "steps"),
+                cfg_input(
+                    "Strength of the prompt against the negative, 0 to 100, 1 = off, when preset is custom."
+                    + ROW_TOOLTIP % "cfg"
+                ),
+                shift_input("Share of the steps at high noise, 4 is official, 1 = even." + ROW_TOOLTIP % "shift"),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=MAX_SEED,
+                    control_after_generate=True,
+                    tooltip="Row 1 gets this seed, row 2 the next, and so on." + ROW_TOOLTIP % "seed",
+                ),
+                io.Boolean.Input(
+                    "collect",
+                    default=True,
+                    tooltip="On: hand all pictures on as a list, also those made before. Off: only write files, for lists "
+                    "too long for memory (12 MB per picture of 1024 x 1024).",
+                ),
+            ],
+            outputs=[
+                io.Image.Output(
+                    display_name="images",
+                    tooltip="The pictures in row order; empty when collect is off.",
+                    is_output_list=True,
+                ),
+                io.String.Output(display_name="report", tooltip="How many were made and kept, and which rows failed why."),
+            ],
+            hidden=[io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.extra_pnginfo],
+        )
+
+    @classmethod
+    def execute(
+        cls, model, clip, vae, source, name, negative, width, height, preset, steps, cfg, shift, seed, collect
+    ) -> io.NodeOutput:
+        from ..ernie_core.batch import Row, read_image, read_rows, run_folder, run_rows
+
+        steps, cfg = preset_settings(preset, steps, cfg)
+        defaults = Row(
+            label="", prompt="", negative=negative, seed=seed, width=width, height=height, steps=steps, cfg=cfg, shift=shift
+        )
+        rows, problems = read_rows(source, defaults, folder=host.input_folder())
+        result = run_rows(
+            rows,
+            run_folder(host.output_folder(), name),
+            encode=lambda text: host.encode_prompt(clip, text),
+            generate=lambda row, positive, unwanted: generate(model, vae, row, positive, unwanted),
+            save=lambda image, path, row: save(image, path, row, cls.hidden),
+            on_row=lambda number, total, row: announce(cls.hidden.unique_id, number, total, row),
+        )
+        images = [read_image(path)[None] for path in result.files] if collect else []
+        report = result.report(problems)
+        return io.NodeOutput(images, report, ui={"text": [report]})
+
+
+def announce(node_id: str | None, number: int, total: int, row) -> None:
+    host.throw_if_interrupted()
+    host.show_text(node_id, f"{number} of {total} ({row.label}): {row.prompt[:80]}")
+
+
+def generate(model, vae, row, positive, negative):
+    """One picture [H, W, 3] in [0, 1]."""
+    from ..ernie_core.sampling.schedule import make_sigmas
+
+    latent = host.sample(
+        host.set_shift(model, row.shift),
+        positive=positive,
+        negative=negative,
+        latent=host.empty_latent(row.width, row.height, 1),
+        sigmas=make_sigmas(row.steps, shift=row.shift),
+        cfg=row.cfg,
+        seed=row.seed,
+    )
+    return host.decode(vae, latent)[0]
+
+
+def save(image, path, row, hidden) -> None:
+    from ..ernie_core.batch import row_entries
+
+    entries = {f"ernie_{name}": value for name, value in row_entries(row).items()}
+    host.save_png(image, path, prompt=hidden.prompt, extra_pnginfo=hidden.extra_pnginfo, entries=entries)

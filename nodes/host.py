@@ -1,0 +1,675 @@
+"""ComfyUI as host: the only file that touches comfy.*, folder_paths, latent_preview and server.
+
+The port that the nodes use; `standalone/host.py` offers the same functions without ComfyUI. Facts about the host are from
+0.12.1 and 0.33.0. Host modules are imported where they are used, so that this file can be imported anywhere.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ernie_core.config import BASE, MAX_TEXT_TOKENS, DiTConfig
+from ..ernie_core.errors import CheckpointError, ErnieError
+from ..ernie_core.model.dit import DiT
+from ..ernie_core.model.vae import VAE
+from ..ernie_core.sampling.latents import latent_size
+from ..ernie_core.sampling.samplers import sample_euler
+from ..ernie_core.sampling.schedule import NUM_TRAIN_TIMESTEPS
+
+logger = logging.getLogger(__name__)
+
+LATENT_CHANNELS = 128
+TOKENS_KEY = "ministral3_3b"  # the name core's own ERNIE tokenizer gives its tokens
+
+_DTYPES = {
+    "bf16": torch.bfloat16,
+    "fp32": torch.float32,
+    "fp8_e4m3fn": torch.float8_e4m3fn,
+    "fp8_e5m2": torch.float8_e5m2,
+}
+
+
+# --- the host itself -------------------------------------------------------------------------------------------------
+
+
+def host_version() -> tuple[int, ...] | None:
+    """(0, 33, 0) for ComfyUI 0.33.0; None when it does not say."""
+    try:
+        from comfyui_version import __version__
+    except ImportError:
+        return None
+    parts = __version__.split("+")[0].split("-")[0].split(".")
+    return tuple(int(p) for p in parts if p.isdigit())
+
+
+def throw_if_interrupted() -> None:
+    """Raise the host's own exception when the user pressed cancel."""
+    import comfy.model_management
+
+    comfy.model_management.throw_exception_if_processing_interrupted()
+
+
+def progress(total: int):
+    """The host's progress bar: `.update_absolute(value, total)`."""
+    import comfy.utils
+
+    return comfy.utils.ProgressBar(total)
+
+
+def show_text(node_id: str | None, text: str) -> None:
+    """Show `text` on the node while it runs."""
+    from server import PromptServer
+
+    server = getattr(PromptServer, "instance", None)
+    if node_id is not None and server is not None:
+        server.send_progress_text(text, node_id)
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def models_folder() -> Path:
+    """Where downloaded official folders go: models/ernie."""
+    import folder_paths
+
+    return Path(folder_paths.models_dir) / "ernie"
+
+
+def output_folder() -> Path:
+    import folder_paths
+
+    return Path(folder_paths.get_output_directory())
+
+
+def input_folder() -> Path:
+    import folder_paths
+
+    return Path(folder_paths.get_input_directory())
+
+
+def _official_folders(kind: str) -> Iterator[tuple[str, Path]]:
+    """(name, path) of folders in the official layout, up to two levels below the host's model folders."""
+    import folder_paths
+
+    roots = [Path(p) for p in folder_paths.get_folder_paths(kind)]
+    roots += [models_folder(), Path(folder_paths.models_dir) / "diffusers"]
+    for root in dict.fromkeys(roots):
+        if not root.is_dir():
+            continue
+        whole = [p.parent for pattern in ("*/", "*/*/") for p in root.glob(f"{pattern}model_index.json")]
+        parts = [
+            p.parent
+            for pattern in ("*/", "*/*/")
+            for p in root.glob(f"{pattern}config.json")
+            if not any(p.is_relative_to(w) for w in whole) and any(p.parent.glob("*.safetensors"))
+        ]
+        for path in sorted(whole + parts):
+            yield f"{path.relative_to(root).as_posix()}/", path
+
+
+def list_models(kind: str) -> list[str]:
+    """File names of a model folder of the host, then official folders (ending with "/")."""
+    import folder_paths
+
+    folders = dict(_official_folders(kind))
+    files = [n for n in folder_paths.get_filename_list(kind) if not n.replace(os.sep, "/").startswith(tuple(folders))]
+    return [*files, *folders]
+
+
+def model_path(kind: str, name: str) -> Path:
+    """Where `name`, an entry of `list_models(kind)`, lies.
+
+    Raises:
+        ErnieError: it is not there any more.
+    """
+    import folder_paths
+
+    if name.endswith("/"):
+        path = dict(reversed(list(_official_folders(kind)))).get(name)
+    else:
+        path = folder_paths.get_full_path(kind, name)
+    if path is None:
+        raise ErnieError(f"{name} is not in the model folder {kind} any more. Refresh the node list and choose again.")
+    return Path(path)
+
+
+# --- MODEL -----------------------------------------------------------------------------------------------------------
+
+
+def make_model(component, *, weight_dtype: str = "default"):
+    """A MODEL around our DiT: the host's memory manager, LoRA, hooks and wrappers all reach it."""
+    return _load_model(component, weight_dtype, disable_dynamic=False)
+
+
+def reload_model(path: Path, weight_dtype: str, disable_dynamic: bool = False):
+    """`make_model` from disk: how the host makes an independent copy (training, multi-GPU, torch.compile)."""
+    from ..ernie_core.weights.checkpoint import read_component
+
+    return _load_model(read_component(path, "transformer"), weight_dtype, disable_dynamic)
+
+
+def _patcher_class(disable_dynamic: bool = False):
+    import comfy.model_patcher as mp
+
+    return mp.ModelPatcher if disable_dynamic else getattr(mp, "CoreModelPatcher", mp.ModelPatcher)
+
+
+def _load_model(component, weight_dtype: str, disable_dynamic: bool):
+    import comfy.model_management as mm
+    import comfy.ops
+    import comfy.utils
+
+    config_class, model_class = _model_classes()
+    state_dict = component.state_dict
+    dit = DiTConfig.from_dict(component.config) if component.config else DiTConfig.from_state_dict(state_dict)
+    config = config_class({"image_model": "ernie", **dit.to_dict()})
+    config.quant_config = comfy.utils.detect_layer_quantization(state_dict, "")
+    device, supported = mm.get_torch_device(), config.supported_inference_dtypes
+    if weight_dtype != "default":
+        dtype = _DTYPES[weight_dtype]
+    else:
+        stored = None if config.quant_config else comfy.utils.weight_dtype(state_dict)
+        count = comfy.utils.calculate_parameters(state_dict)
+        dtype = mm.unet_dtype(model_params=count, supported_dtypes=list(supported), weight_dtype=stored)
+    cast = mm.unet_manual_cast(None if config.quant_config else dtype, device, supported)
+    config.set_inference_dtype(dtype, cast)
+
+    model = model_class(config)
+    patcher = _patcher_class(disable_dynamic)(model, load_device=device, offload_device=mm.unet_offload_device())
+    load_strictly(model.diffusion_model, state_dict, assign=patcher.is_dynamic(), what=str(component.source))
+    patcher.cached_patcher_init = (reload_model, (component.source, weight_dtype))
+    return patcher
+
+
+def load_strictly(module: torch.nn.Module, state_dict: dict[str, Tensor], *, assign: bool, what: str) -> None:
+    """Load every tensor, none left over, none missing; the host's quantised layers read their own extra keys."""
+    missing, unexpected = module.load_state_dict(state_dict, strict=False, assign=assign)
+    if missing or unexpected:
+        raise CheckpointError(
+            f"{what} does not fit: {len(missing)} tensors missing ({', '.join(missing[:5])}), "
+            f"{len(unexpected)} unknown ({', '.join(unexpected[:5])})."
+        )
+
+
+@functools.cache
+def _model_classes() -> tuple[type, type]:
+    """(model config, model): made on first use, because their bases are the host's."""
+    import comfy.conds
+    import comfy.latent_formats
+    import comfy.model_base
+    import comfy.supported_models_base
+
+    class ErnieConfig(comfy.supported_models_base.BASE):
+        unet_extra_config: dict = {}
+        sampling_settings = {"multiplier": float(NUM_TRAIN_TIMESTEPS), "shift": BASE.shift}
+        latent_format = comfy.latent_formats.Flux2
+        memory_usage_factor = 10.0  # as core's ERNIE
+        supported_inference_dtypes = [torch.bfloat16, torch.float32]  # the residual stream exceeds fp16's range
+        vae_key_prefix = ["vae."]
+        text_encoder_key_prefix = ["text_encoders."]
+
+        def model_type(self, state_dict, prefix=""):
+            return comfy.model_base.ModelType.FLOW
+
+    # From 0.19 on LoRA keys with the prefix "transformer." are mapped for instances of core's ErnieImage only.
+    base = getattr(comfy.model_base, "ErnieImage", comfy.model_base.BaseModel)
+
+    class ErnieModel(base):
+        def __init__(self, model_config, device=None):
+            # Not base.__init__: that would build core's transformer.
+            comfy.model_base.BaseModel.__init__(
+                self, model_config, comfy.model_base.ModelType.FLOW, device=device, unet_model=_adapter_class()
+            )
+            self._scaled_sampling = None
+
+        def extra_conds(self, **kwargs):
+            out = comfy.model_base.BaseModel.extra_conds(self, **kwargs)
+            if kwargs.get("cross_attn") is not None:
+                out["c_crossattn"] = comfy.conds.CONDRegular(kwargs["cross_attn"])
+            return out
+
+        def process_timestep(self, timestep, **kwargs):
+            """Timesteps on the 0-1000 scale, also when a node (ModelSamplingAuraFlow, ModelSamplingFlux) made them 0-1."""
+            top = float(self.model_sampling.timestep(1.0))  # plain numbers: nothing waits for the device
+            if top == NUM_TRAIN_TIMESTEPS:
+                return timestep
+            if self._scaled_sampling is not self.model_sampling:
+                self._scaled_sampling = self.model_sampling
+                logger.warning(
+                    "The sampling node on this model counts timesteps to %g, ERNIE-Image needs %d: they are scaled. "
+                    "ModelSamplingSD3 sets the shift without this.",
+                    top,
+                    NUM_TRAIN_TIMESTEPS,
+                )
+            return timestep * (NUM_TRAIN_TIMESTEPS / top)
+
+    return ErnieConfig, ErnieModel
+
+
+@functools.cache
+def _adapter_class() -> type:
+    from comfy.ldm.modules.attention import optimized_attention
+    from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
+
+    class HostDiT(DiT):
+        """Our DiT with the host's calling convention."""
+
+        def __init__(self, *, dtype, device, operations, image_model, **config):
+            super().__init__(DiTConfig.from_dict(config), ops=operations, dtype=dtype, device=device)
+            self.dtype = dtype
+
+        def forward(self, x, timesteps, context=None, control=None, transformer_options={}, **kwargs):  # noqa: B006
+            return WrapperExecutor.new_class_executor(
+                self._forward, self, get_all_wrappers(WrappersMP.DIFFUSION_MODEL, transformer_options)
+            ).execute(x, timesteps, context, control, transformer_options, **kwargs)
+
+        def _forward(self, x, timesteps, context, control, transformer_options, **kwargs):
+            if control is not None:
+                raise ErnieError("ERNIE-Image has no ControlNet: remove the ControlNet node from the conditioning.")
+            options = dict(transformer_options)  # the DiT writes block_index and others into it
+
+            def attend(q_BSNK, k_BSNK, v_BSNK, lengths):
+                assert lengths is None, "the host runs prompts of different lengths one after the other"
+                heads = q_BSNK.shape[2]
+                q, k, v = (t.flatten(2) for t in (q_BSNK, k_BSNK, v_BSNK))
+                out = optimized_attention(q, k, v, heads, transformer_options=options)
+                return out.unflatten(-1, (heads, -1))
+
+            return super().forward(x, timesteps, context, attend=attend, transformer_options=options)
+
+    return HostDiT
+
+
+def set_shift(model, shift: float):
+    """A clone of `model` that samples with `shift`, or `model` itself when it already does."""
+    import comfy.model_sampling as sampling
+
+    current = model.get_model_object("model_sampling")
+    is_flow = isinstance(current, sampling.ModelSamplingDiscreteFlow) and isinstance(current, sampling.CONST)
+    if is_flow and current.multiplier == NUM_TRAIN_TIMESTEPS and current.shift == shift:
+        return model
+    if "model_sampling" in model.object_patches:
+        logger.warning(
+            "The shift of the ModelSampling node on this model is not used: the sampler sets %g. "
+            "Set the sampler's shift instead.",
+            shift,
+        )
+
+    class ErnieSampling(sampling.ModelSamplingDiscreteFlow, sampling.CONST):
+        pass
+
+    patched = model.clone()
+    replacement = ErnieSampling(model.model.model_config)
+    replacement.set_parameters(shift=shift, multiplier=NUM_TRAIN_TIMESTEPS)
+    patched.add_object_patch("model_sampling", replacement)
+    return patched
+
+
+# --- CLIP ------------------------------------------------------------------------------------------------------------
+
+
+def make_clip(component, *, rope: str = "yarn"):
+    """A CLIP around our text encoder; CLIPTextEncode and other nodes work with it."""
+    return _load_clip(component, rope)
+
+
+def reload_clip(path: Path, rope: str, disable_dynamic: bool = False):
+    from ..ernie_core.weights.checkpoint import read_component
+
+    return _load_clip(read_component(path, "text_encoder"), rope, disable_dynamic=disable_dynamic).patcher
+
+
+class ClipModel(torch.nn.Module):
+    """Our text encoder with the host's calling convention for `CLIP.cond_stage_model`."""
+
+    def __init__(self, encoder: torch.nn.Module, dtype: torch.dtype):
+        super().__init__()
+        self.encoder = encoder
+        self.dtypes = {dtype}
+        self.execution_device: torch.device | None = None
+
+    def set_clip_options(self, options: dict[str, Any]) -> None:
+        if options.get("layer") not in (None, -2):
+            logger.warning("CLIP layer %s is not used: ERNIE-Image reads layer -2.", options["layer"])
+        self.execution_device = options.get("execution_device", self.execution_device)
+
+    def reset_clip_options(self) -> None:
+        self.execution_device = None
+
+    def encode_token_weights(self, tokens: dict[str, list[list[tuple]]]) -> tuple[Tensor, None]:
+        """(features [1, T, D] fp32 on the host's intermediate device, no pooled vector)."""
+        import comfy.model_management as mm
+
+        ids = [[token[0] for token in section] for section in tokens[TOKENS_KEY]]
+        hidden = self.encoder.encode_ids(ids, device=self.execution_device)
+        return torch.cat([h[None] for h in hidden]).float().to(mm.intermediate_device()), None
+
+    def load_sd(self, sd: dict[str, Tensor]) -> tuple[list[str], list[str]]:
+        missing, unexpected = self.encoder.load_state_dict(sd, strict=False)
+        return list(missing), list(unexpected)
+
+
+class ClipTokenizer:
+    """Our tokenizer with the host's calling convention: one section, weight 1 everywhere, exactly one BOS."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+
+    def tokenize_with_weights(self, text: str, return_word_ids: bool = False, **kwargs):
+        ids = self.tokenizer.encode(text, max_tokens=None)
+        if len(ids) > MAX_TEXT_TOKENS:
+            logger.warning(
+                "The prompt has %d tokens, the text encoder reads %d: the last %d are cut off.",
+                len(ids),
+                MAX_TEXT_TOKENS,
+                len(ids) - MAX_TEXT_TOKENS,
+            )
+            ids = ids[:MAX_TEXT_TOKENS]
+        return {TOKENS_KEY: [[(i, 1.0, n) if return_word_ids else (i, 1.0) for n, i in enumerate(ids)]]}
+
+    def untokenize(self, tokens: list[tuple]) -> list[tuple[tuple, str]]:
+        return [(token, self.tokenizer.decode([token[0]])) for token in tokens]
+
+    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
+        return self.tokenizer.decode(ids)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {}
+
+
+def _load_clip(component, rope: str, disable_dynamic: bool = False):
+    import comfy.model_management as mm
+    import comfy.ops
+    import comfy.sd
+    import comfy.supported_models_base
+    import comfy.utils
+
+    from ..ernie_core.weights.checkpoint import build_text_encoder
+
+    dtype = comfy.utils.weight_dtype(component.state_dict) or torch.bfloat16
+    tokenizer = None
+
+    def build(device, dtype, model_options):
+        nonlocal tokenizer
+        encoder, tokenizer = build_text_encoder(
+            component, ops=comfy.ops.manual_cast, dtype=dtype, device=device, rope=rope
+        )
+        return ClipModel(encoder, dtype)
+
+    target = comfy.supported_models_base.ClipTarget(lambda **_: ClipTokenizer(tokenizer), build)
+    options = {"dtype": dtype, "load_device": mm.text_encoder_device()}
+    extra = {"disable_dynamic": True} if disable_dynamic else {}
+    parameters = comfy.utils.calculate_parameters(component.state_dict)
+    clip = comfy.sd.CLIP(target, parameters=parameters, model_options=options, **extra)
+    clip.patcher.cached_patcher_init = (reload_clip, (component.source, rope))
+    return clip
+
+
+def encode_prompt(clip, text: str):
+    """CONDITIONING of one prompt, as CLIPTextEncode makes it."""
+    if clip is None:
+        raise ErnieError("the text encoder is empty: connect Load Text Encoder (ERNIE) or a CLIPLoader.")
+    return clip.encode_from_tokens_scheduled(clip.tokenize(text))
+
+
+# --- VAE -------------------------------------------------------------------------------------------------------------
+
+
+class HostVAE(VAE):
+    """Our VAE with the host's calling convention for `VAE.first_stage_model`."""
+
+    def decode(self, latent_BCHW: Tensor, **options) -> Tensor:
+        return super().decode(latent_BCHW)
+
+    def encode(self, image_BCHW: Tensor, **options) -> Tensor:
+        return super().encode(image_BCHW)
+
+
+def make_vae(component, *, weight_dtype: str = "default"):
+    """A VAE around our FLUX.2 VAE: VAEDecode, VAEEncode and their tiled kin work with it."""
+    return _load_vae(component, weight_dtype)
+
+
+def reload_vae(path: Path, weight_dtype: str, disable_dynamic: bool = False):
+    from ..ernie_core.weights.checkpoint import read_component
+
+    return _load_vae(read_component(path, "vae"), weight_dtype, disable_dynamic=disable_dynamic).patcher
+
+
+def _load_vae(component, weight_dtype: str, disable_dynamic: bool = False):
+    import comfy.model_management as mm
+    import comfy.ops
+    import comfy.sd
+    from comfy.ldm.models.autoencoder import AutoencoderKL
+
+    from ..ernie_core.weights.checkpoint import build_vae
+
+    # The host's VAE object is built around the smallest autoencoder it knows, which ours then replaces: its constructor
+    # recognises FLUX.2 at fixed widths only.
+    dd = {"double_z": True, "z_channels": 1, "resolution": 8, "in_channels": 3, "out_ch": 3, "ch": 32, "ch_mult": [1]}
+    params = {"ddconfig": {**dd, "num_res_blocks": 0, "attn_resolutions": [], "dropout": 0.0}, "embed_dim": 1}
+    stand_in = AutoencoderKL(**params).state_dict()
+    vae = comfy.sd.VAE(sd=stand_in, config={"params": params}, dtype=_DTYPES.get(weight_dtype))
+    model = build_vae(component, ops=comfy.ops.disable_weight_init, dtype=vae.vae_dtype, device="cpu").eval()
+    model.__class__ = HostVAE
+    mm.archive_model_dtypes(model)
+    vae.first_stage_model = model
+    vae.patcher = _patcher_class(disable_dynamic)(
+        model, load_device=vae.device, offload_device=mm.vae_offload_device()
+    )
+    vae.latent_channels = LATENT_CHANNELS
+    vae.downscale_ratio = vae.upscale_ratio = 16
+    vae.memory_used_decode = lambda shape, dtype: shape[0] * model.decode_bytes(shape[2], shape[3], dtype)
+    vae.memory_used_encode = lambda shape, dtype: shape[0] * model.decode_bytes(shape[2] // 16, shape[3] // 16, dtype)
+    vae.size = mm.module_size(model)
+    vae.patcher.cached_patcher_init = (reload_vae, (component.source, weight_dtype))
+    return vae
+
+
+def decode(vae, latent: dict[str, Tensor]) -> Tensor:
+    """IMAGE [B, H, W, 3] in [0, 1]."""
+    if vae is None:
+        raise ErnieError("the VAE is empty: connect Load VAE (ERNIE) or a VAELoader.")
+    images = vae.decode(latent["samples"])
+    return images.reshape(-1, *images.shape[-3:])
+
+
+# --- prompt enhancer -------------------------------------------------------------------------------------------------
+
+
+class PromptEnhancer:
+    """ERNIE_ENHANCER: the engine's enhancer under the host's memory manager."""
+
+    def __init__(self, patcher, source: str):
+        self.patcher = patcher
+        self.source = source
+
+    def enhance(self, prompt: str, width: int, height: int, *, on_token=None, max_new_tokens: int, **settings) -> str:
+        """The detailed prompt; see the engine's `Enhancer.enhance` for the settings."""
+        import comfy.model_management as mm
+
+        bar = progress(max_new_tokens)
+        count = 0
+
+        def step(text: str) -> None:
+            nonlocal count
+            throw_if_interrupted()
+            count += 1
+            bar.update_absolute(min(count, max_new_tokens), max_new_tokens)
+            if on_token is not None:
+                on_token(text)
+
+        mm.load_models_gpu([self.patcher])
+        return self.patcher.model.enhance(
+            prompt, width, height, on_token=step, max_new_tokens=max_new_tokens, **settings
+        )
+
+
+def make_enhancer(component) -> PromptEnhancer:
+    """An ERNIE_ENHANCER; its weights come and go as the host's other models do."""
+    import comfy.model_management as mm
+    import comfy.ops
+    import comfy.utils
+
+    from ..ernie_core.weights.checkpoint import build_enhancer
+
+    dtype = comfy.utils.weight_dtype(component.state_dict) or torch.bfloat16
+    offload = mm.text_encoder_offload_device()
+    enhancer = build_enhancer(component, ops=comfy.ops.manual_cast, dtype=dtype, device=offload)
+    mm.archive_model_dtypes(enhancer)
+    patcher = _patcher_class()(enhancer, load_device=mm.text_encoder_device(), offload_device=offload)
+    return PromptEnhancer(patcher, str(component.source))
+
+
+# --- sampling --------------------------------------------------------------------------------------------------------
+
+
+def empty_latent(width: int, height: int, batch_size: int) -> dict[str, Tensor]:
+    """LATENT of zeros for a picture of `width` x `height` pixels."""
+    import comfy.model_management as mm
+
+    rows, columns = latent_size(width, height)
+    return {"samples": torch.zeros(batch_size, LATENT_CHANNELS, rows, columns, device=mm.intermediate_device())}
+
+
+def _check_model(model) -> Any:
+    """The transformer inside `model`; ErnieError unless it is an ERNIE-Image one, ours or core's."""
+    if model is None:
+        raise ErnieError("the model is empty: connect Load Diffusion Model (ERNIE) or a UNETLoader.")
+    network = model.get_model_object("diffusion_model")
+    channels = model.get_model_object("latent_format").latent_channels
+    if channels != LATENT_CHANNELS or not hasattr(network, "adaLN_modulation"):
+        raise ErnieError(
+            f"the model must be ERNIE-Image ({LATENT_CHANNELS} latent channels), got {type(model.model).__name__} "
+            f"({channels} latent channels). Load it with Load Diffusion Model (ERNIE), or sample it with KSampler."
+        )
+    return network
+
+
+def _check_latent(model, latent: dict[str, Tensor]) -> Tensor:
+    """The samples to start from; ErnieError when they are another model's or not finite."""
+    import comfy.sample
+
+    samples = latent["samples"]
+    if latent.get("downscale_ratio_spacial") is not None:  # EmptyLatentImage: zeros that the host fits to the model
+        samples = comfy.sample.fix_empty_latent_channels(model, samples, latent["downscale_ratio_spacial"])
+    if samples.ndim != 4 or samples.shape[1] != LATENT_CHANNELS:
+        raise ErnieError(
+            f"the latent must be [batch, {LATENT_CHANNELS}, height / 16, width / 16], got {list(samples.shape)}: it is "
+            "another model's. Make it with Empty Latent (ERNIE), EmptyFlux2LatentImage, or VAEEncode and this model's VAE."
+        )
+    if not bool(samples.isfinite().all()):
+        raise ErnieError("the latent holds NaN or infinite values: look at the node that made it.")
+    return samples
+
+
+def _check_conditioning(network, name: str, conditioning: list) -> None:
+    projection = network.text_proj
+    width = projection.in_features if projection is not None else network.final_linear.in_features
+    for features, _ in conditioning:
+        if features.shape[-1] != width:
+            raise ErnieError(
+                f"{name} must be {width} wide, got {features.shape[-1]}: it was encoded by another model's text encoder. "
+                "Encode it with Load Text Encoder (ERNIE)."
+            )
+
+
+def sample(model, *, positive, negative, latent: dict[str, Tensor], sigmas: Tensor, cfg: float, seed: int) -> dict:
+    """LATENT after the engine's Euler sampler, with the host's previews, masks, hooks and interrupt.
+
+    The noise is what core's KSampler draws for `seed`. `negative` None: nothing to compare with, for cfg 1 only.
+
+    Raises:
+        ErnieError: model, latent or conditioning are not ERNIE-Image's, or the latent holds NaN.
+    """
+    import comfy.model_management as mm
+    import comfy.sample
+    import comfy.samplers
+    import comfy.utils
+    import latent_preview
+
+    network = _check_model(model)
+    samples = _check_latent(model, latent)
+    conds = {"positive": positive} if negative is None else {"positive": positive, "negative": negative}
+    for name, conditioning in conds.items():
+        _check_conditioning(network, name, conditioning)
+
+    noise = comfy.sample.prepare_noise(samples, seed, latent.get("batch_index"))
+    guider = comfy.samplers.CFGGuider(model)
+    guider.inner_set_conds(conds)
+    guider.set_cfg(cfg)
+    out = guider.sample(
+        noise,
+        samples,
+        comfy.samplers.KSAMPLER(_euler),
+        sigmas,
+        denoise_mask=latent.get("noise_mask"),
+        callback=latent_preview.prepare_callback(model, len(sigmas) - 1),
+        disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+        seed=seed,
+    )
+    kept = {k: v for k, v in latent.items() if not k.startswith("downscale_ratio")}
+    return {**kept, "samples": out.to(mm.intermediate_device())}
+
+
+def _euler(model, x: Tensor, sigmas: Tensor, extra_args: dict, callback: Callable | None, disable: bool) -> Tensor:
+    """`sample_euler` as a sampler function of the host, whose `model` answers with x0."""
+    from tqdm.auto import tqdm
+
+    ones = x.new_ones(x.shape[0])
+
+    def denoise(x_BCHW: Tensor, sigma: float) -> Tensor:
+        return (x_BCHW - model(x_BCHW, sigma * ones, **extra_args)) / sigma
+
+    with tqdm(total=len(sigmas) - 1, disable=disable) as bar:
+
+        def on_step(step: int, steps: int, x_BCHW: Tensor, x0_BCHW: Tensor) -> None:
+            throw_if_interrupted()
+            bar.update()
+            if callback is not None:
+                level = sigmas[step]
+                callback({"i": step, "x": x_BCHW, "denoised": x0_BCHW, "sigma": level, "sigma_hat": level})
+
+        return sample_euler(denoise, x, sigmas, on_step=on_step)
+
+
+# --- pictures --------------------------------------------------------------------------------------------------------
+
+
+def save_png(image_HWC: Tensor, path: Path, *, prompt, extra_pnginfo, entries: dict[str, str]) -> None:
+    """Write a PNG with its workflow inside, whole or not at all.
+
+    Raises:
+        ErnieError: the disk is full or the folder cannot be written to.
+    """
+    from comfy.cli_args import args
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    if not args.disable_metadata:
+        host_entries = {"prompt": prompt, **(extra_pnginfo or {})}
+        texts = {k: json.dumps(v) for k, v in host_entries.items() if v is not None} | entries
+        for key, text in texts.items():
+            info.add_text(key, text)
+    pixels = (image_HWC.clamp(0, 1) * 255).to(torch.uint8).cpu().numpy()
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with part.open("wb") as f:
+            Image.fromarray(pixels).save(f, format="PNG", pnginfo=info, compress_level=4)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, path)
+    except OSError as e:
+        raise ErnieError(f"{path} could not be written ({e.strerror or e}). Free some space or choose another folder.") from e
+    finally:
+        part.unlink(missing_ok=True)
