@@ -1,0 +1,587 @@
+"""What nodes need from outside, with plain files: the standalone twin of `nodes/host.py`, same names, same signatures.
+
+Models come from a folder cut like ComfyUI's (`diffusion_models/`, `text_encoders/`, `vae/`) or from official folders
+in it; when no folder is given the pack's tiny model stands in for the released files. Noise, sigma mixing, noise masks
+and picture names follow ComfyUI's rules, so that one seed is one picture in both.
+
+MODEL here is a `Model`, CLIP a `TextModel`, VAE an `ernie_core.model.vae.VAE`; CONDITIONING and LATENT are ComfyUI's.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
+
+from ..ernie_core.errors import ErnieError, Interrupted
+from .progress import ProgressBar
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+TINY_FOLDER = Path(__file__).resolve().parents[1] / "tiny" / "ernie-image-tiny"
+OFFICIAL_SHIFT = 4.0  # scheduler_config.json of both checkpoints
+SEARCH_DEPTH = 3  # folders below the models folder in which official folders are looked for
+
+# Released file names and, per kind, the sub-folders of an official folder that hold the same weights.
+RELEASED: dict[str, tuple[str, ...]] = {
+    "diffusion_models": ("ernie-image.safetensors", "ernie-image-turbo.safetensors"),
+    "text_encoders": ("ministral-3-3b.safetensors", "ernie-image-prompt-enhancer.safetensors"),
+    "vae": ("flux2-vae.safetensors",),
+}
+PARTS: dict[str, tuple[str, ...]] = {
+    "diffusion_models": ("transformer",),
+    "text_encoders": ("text_encoder", "pe"),
+    "vae": ("vae",),
+}
+
+
+@dataclass(kw_only=True)
+class Session:
+    """Where this process reads and writes; set once by the command line."""
+
+    models: Path | None = None
+    """Folder with models; None = the tiny model."""
+    output: Path = Path("out")
+    input: Path = Path("input")
+    label: str = ""
+    """What the progress line says: the node that runs."""
+    interrupted: bool = False
+    saved: list[Path] = field(default_factory=list)
+    shown: dict[str, str] = field(default_factory=dict)
+    """Text that nodes showed, by node id."""
+
+
+session = Session()
+_resident: WeakSet = WeakSet()  # modules on the accelerator
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """MODEL: the transformer and the sampling shift that schedulers read."""
+
+    dit: Any
+    shift: float = OFFICIAL_SHIFT
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextModel:
+    """CLIP: text encoder and tokenizer."""
+
+    encoder: Any
+    tokenizer: Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedEnhancer:
+    """ERNIE_ENHANCER: the language model and the file it came from."""
+
+    enhancer: Any
+    source: Path
+
+    def enhance(
+        self,
+        prompt: str,
+        width: int,
+        height: int,
+        *,
+        on_token: Callable[[str], None] | None = None,
+        **settings: Any,
+    ) -> str:
+        """Return the engine's answer; can be interrupted at each token."""
+
+        def tell(text: str) -> None:
+            throw_if_interrupted()
+            if on_token is not None:
+                on_token(text)
+
+        model = _bring(self.enhancer)
+        return model.enhance(prompt, width, height, on_token=tell, **settings)
+
+
+# ---------------------------------------------------------------------------------------------------- files
+
+
+def host_version() -> tuple[int, ...] | None:
+    """None: there is no ComfyUI here."""
+    return None
+
+
+def models_folder() -> Path:
+    """Where a download goes."""
+    return session.models or Path("models")
+
+
+def output_folder() -> Path:
+    session.output.mkdir(parents=True, exist_ok=True)
+    return session.output
+
+
+def input_folder() -> Path:
+    return session.input
+
+
+def preview_folder() -> Path:
+    """Where PreviewImage writes: kept, unlike ComfyUI's temp folder, since nobody watches."""
+    folder = output_folder() / "preview"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def list_models(kind: str) -> list[str]:
+    """Return file names below the folder of `kind`, then official folders that hold this kind (end with "/")."""
+    _check_kind(kind)
+    if session.models is None:
+        return [*RELEASED[kind], f"{TINY_FOLDER.name}/"]
+    folder = session.models / kind
+    files = (
+        sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*.safetensors"))
+        if folder.is_dir()
+        else []
+    )
+    official = _official_folders(kind)
+    inside = {part for path in official.values() for part in path.rglob("*.safetensors")}
+    files = [name for name in files if folder / name not in inside]
+    stand_ins = [
+        name for name in RELEASED[kind] if name not in files and _stand_in(kind, name, official) is not None
+    ]
+    return [*files, *stand_ins, *official]
+
+
+def model_path(kind: str, name: str) -> Path:
+    """Return the file or folder behind a name from `list_models`; ErnieError when there is none."""
+    _check_kind(kind)
+    if session.models is None:
+        if name not in (*RELEASED[kind], f"{TINY_FOLDER.name}/"):
+            raise ErnieError(
+                f"one of {', '.join(list_models(kind))} expected, got {name!r}; give the folder of your models with --models."
+            )
+        if not TINY_FOLDER.is_dir():
+            raise ErnieError(
+                f"the tiny model expected in {TINY_FOLDER}, it is not there; give a folder with --models."
+            )
+        return TINY_FOLDER
+    file = session.models / kind / name
+    if file.exists():
+        return file
+    official = _official_folders(kind)
+    found = official.get(name) or _stand_in(kind, name, official)
+    if found is None:
+        raise ErnieError(
+            f"{name!r} expected in {session.models / kind}, it is not there; there are: "
+            f"{', '.join(list_models(kind)) or 'no models'}. Put the file there or choose another with --set."
+        )
+    return found
+
+
+def _check_kind(kind: str) -> None:
+    assert kind in PARTS, f"kind is one of {tuple(PARTS)}, got {kind!r}"
+
+
+def _official_folders(kind: str) -> dict[str, Path]:
+    """Return shown name -> path of every official folder that holds weights of this kind."""
+    root = session.models
+    found: dict[str, Path] = {}
+    for folder, children, files in os.walk(root):
+        path = Path(folder)
+        depth = len(path.relative_to(root).parts)
+        is_official = "model_index.json" in files or any(
+            (path / p / "config.json").is_file() for p in sum(PARTS.values(), ())
+        )
+        if is_official and any((path / part).is_dir() for part in PARTS[kind]):
+            base = root / kind if path.is_relative_to(root / kind) else root
+            found.setdefault(f"{path.relative_to(base).as_posix()}/", path)
+        if is_official or depth >= SEARCH_DEPTH:
+            children.clear()
+    return dict(sorted(found.items()))
+
+
+def _stand_in(kind: str, name: str, official: Mapping[str, Path]) -> Path | None:
+    """Return the official folder that holds what a released file name means, so that workflow files run unchanged."""
+    if name not in RELEASED[kind]:
+        return None
+    if kind != "diffusion_models":
+        return next(iter(official.values()), None)
+    wanted = Path(name).stem
+    return next((p for p in official.values() if p.resolve().name.lower().replace("_", "-") == wanted), None)
+
+
+def save_png(
+    image_HWC: Tensor,
+    path: Path,
+    *,
+    prompt: Any = None,
+    extra_pnginfo: Mapping[str, Any] | None = None,
+    entries: Mapping[str, str] | None = None,
+) -> None:
+    """Write a picture in [0, 1] with `prompt` and `workflow` inside, so that it can be dragged into ComfyUI.
+
+    The file appears under its name only when it is complete.
+    """
+    import numpy as np
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+    pixels = np.clip(255.0 * image_HWC.float().cpu().numpy(), 0, 255).astype(np.uint8)
+    info = PngInfo()
+    if prompt is not None:
+        info.add_text("prompt", json.dumps(prompt))
+    for name, value in (extra_pnginfo or {}).items():
+        info.add_text(name, json.dumps(value))
+    for name, text in (entries or {}).items():
+        info.add_text(name, text)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}", suffix=".part")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            Image.fromarray(pixels).save(file, format="PNG", pnginfo=info, compress_level=4)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    session.saved.append(path)
+
+
+def save_images(
+    images: Any, *, folder: Path, prefix: str, prompt: Any, extra_pnginfo: Mapping[str, Any] | None
+) -> list[Path]:
+    """Write a batch as `prefix_00001_.png` and on, never over an existing file; returns the paths.
+
+    `prefix` may hold a sub-folder and ComfyUI's %year% %month% %day% %hour% %minute% %second% %width% %height%
+    %batch_num% and %date:yyyy-MM-dd%.
+    """
+    height, width = images[0].shape[:2]
+    target = (folder / _fill_name(prefix, width, height)).resolve()
+    if not target.is_relative_to(folder.resolve()):
+        raise ErnieError(
+            f"a name inside the output folder expected, got {prefix!r}; leave out '..' and absolute paths."
+        )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    taken = re.compile(re.escape(target.name) + r"_(\d+)_")
+    numbers = [int(m.group(1)) for p in target.parent.iterdir() if (m := taken.match(p.name))]
+    paths = []
+    for i, image in enumerate(images):
+        name = f"{target.name.replace('%batch_num%', str(i))}_{max(numbers, default=0) + 1 + i:05}_.png"
+        paths.append(target.parent / name)
+        save_png(image, paths[-1], prompt=prompt, extra_pnginfo=extra_pnginfo)
+    return paths
+
+
+def _fill_name(prefix: str, width: int, height: int) -> str:
+    now = time.localtime()
+    words = {
+        "%year%": "%Y",
+        "%month%": "%m",
+        "%day%": "%d",
+        "%hour%": "%H",
+        "%minute%": "%M",
+        "%second%": "%S",
+    }
+    for word, code in words.items():
+        prefix = prefix.replace(word, time.strftime(code, now))
+    codes = {"yyyy": "%Y", "yy": "%y", "MM": "%m", "dd": "%d", "hh": "%H", "mm": "%M", "ss": "%S"}
+
+    def date(found: re.Match) -> str:
+        return re.sub(
+            "yyyy|yy|MM|dd|hh|mm|ss", lambda m: time.strftime(codes[m.group()], now), found.group(1)
+        )
+
+    prefix = re.sub(r"%date:([^%]*)%", date, prefix)
+    return prefix.replace("%width%", str(width)).replace("%height%", str(height))
+
+
+# ---------------------------------------------------------------------------------------------------- telling
+
+
+def progress(total: int) -> ProgressBar:
+    return ProgressBar(session.label, total)
+
+
+def throw_if_interrupted() -> None:
+    if session.interrupted:
+        raise Interrupted("stopped by the user")
+
+
+def show_text(node_id: str | None, text: str) -> None:
+    """Keep what a node shows; the command line prints the last version when the node is done."""
+    session.shown[str(node_id)] = text
+    if sys.stderr.isatty():
+        tail = " ".join(text.split())[-60:]
+        sys.stderr.write(f"\r\x1b[K{session.label}: {tail}")
+        sys.stderr.flush()
+
+
+# ---------------------------------------------------------------------------------------------------- models
+
+
+def device() -> torch.device:
+    """CUDA where there is one, else the CPU."""
+    import torch
+
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def compute_dtype(weight_dtype: str = "default") -> torch.dtype:
+    """Return the dtype of weights and activations: by default bf16 on CUDA, fp32 on the CPU."""
+    import torch
+
+    dtypes = {
+        "default": torch.bfloat16 if device().type == "cuda" else torch.float32,
+        "bf16": torch.bfloat16,
+        "fp32": torch.float32,
+    }
+    if weight_dtype not in dtypes:
+        raise ErnieError(
+            f"weight_dtype {' or '.join(dtypes)} expected without ComfyUI, got {weight_dtype!r}; set weight_dtype=default."
+        )
+    return dtypes[weight_dtype]
+
+
+def _bring(module: Any) -> Any:
+    """Return `module` on the device; the others leave it when it would not fit beside them."""
+    import torch
+
+    where = device()
+    if where.type == "cpu" or module in _resident:
+        return module
+    needed = sum(t.nbytes for t in (*module.parameters(), *module.buffers()))
+    free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    if 1.2 * needed + 4 * 2**30 > free:  # 4 GiB: activations of a 2-megapixel step or decode
+        for other in list(_resident):
+            other.to("cpu")
+            _resident.discard(other)
+        torch.cuda.empty_cache()
+    _resident.add(module)
+    return module.to(where)
+
+
+def make_model(component: Any, *, weight_dtype: str) -> Model:
+    from ..ernie_core.weights.checkpoint import build_transformer
+
+    return Model(dit=build_transformer(component, dtype=compute_dtype(weight_dtype), device="cpu").eval())
+
+
+def make_clip(component: Any, *, rope: str) -> TextModel:
+    from ..ernie_core.weights.checkpoint import build_text_encoder
+
+    encoder, tokenizer = build_text_encoder(component, dtype=compute_dtype(), device="cpu", rope=rope)
+    return TextModel(encoder=encoder.eval(), tokenizer=tokenizer)
+
+
+def make_vae(component: Any, *, weight_dtype: str) -> Any:
+    from ..ernie_core.weights.checkpoint import build_vae
+
+    return build_vae(component, dtype=compute_dtype(weight_dtype), device="cpu").eval()
+
+
+def make_enhancer(component: Any) -> LoadedEnhancer:
+    from ..ernie_core.weights.checkpoint import build_enhancer
+
+    enhancer = build_enhancer(component, dtype=compute_dtype(), device="cpu").eval()
+    return LoadedEnhancer(enhancer=enhancer, source=component.source)
+
+
+def encode_prompt(clip: TextModel, text: str) -> list:
+    """Return CONDITIONING of one prompt at its true length."""
+    hidden_TD = _bring(clip.encoder).encode_ids([clip.tokenizer.encode(text)])[0]
+    return [[hidden_TD[None].cpu(), {"pooled_output": None}]]
+
+
+def set_shift(model: Model, shift: float) -> Model:
+    """Return a model with this sampling shift; the same object when it has it already."""
+    return model if model.shift == shift else replace(model, shift=shift)
+
+
+# ---------------------------------------------------------------------------------------------------- pictures
+
+
+def empty_latent(width: int, height: int, batch_size: int) -> dict[str, Any]:
+    """Return LATENT of zeros; ErnieError unless both sides are multiples of 16."""
+    import torch
+
+    from ..ernie_core.sampling.latents import latent_size
+
+    return {"samples": torch.zeros(batch_size, 128, *latent_size(width, height))}
+
+
+def prepare_noise(latent: Mapping[str, Any], seed: int) -> Tensor:
+    """Return noise of the latent's shape by ComfyUI's rule: one CPU generator, the whole batch in one draw.
+
+    With `batch_index` in the latent, picture i gets the batch_index[i]-th draw of one picture.
+    """
+    import torch
+
+    samples = latent["samples"]
+    generator = torch.Generator("cpu").manual_seed(seed)
+    indices = latent.get("batch_index")
+    if indices is None:
+        return torch.randn(samples.shape, generator=generator)
+    draws = [torch.randn(1, *samples.shape[1:], generator=generator) for _ in range(max(indices) + 1)]
+    return torch.cat([draws[i] for i in indices])
+
+
+def sample(
+    model: Model,
+    *,
+    positive: list,
+    negative: list | None,
+    latent: Mapping[str, Any],
+    sigmas: Tensor,
+    cfg: float,
+    seed: int,
+) -> dict[str, Any]:
+    """Return LATENT after Euler steps along `sigmas`, from noise mixed into `latent` at sigmas[0]."""
+    noise = prepare_noise(latent, seed)
+    samples, _ = sample_from_noise(
+        model, positive=positive, negative=negative, latent=latent, sigmas=sigmas, cfg=cfg, noise=noise
+    )
+    return _with_samples(latent, samples)
+
+
+def _with_samples(latent: Mapping[str, Any], samples: Tensor) -> dict[str, Any]:
+    return {**latent, "samples": samples}
+
+
+def sample_from_noise(
+    model: Model,
+    *,
+    positive: list,
+    negative: list | None,
+    latent: Mapping[str, Any],
+    sigmas: Tensor,
+    cfg: float,
+    noise: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Return (final samples, the last step's clean estimate), both fp32 on the CPU."""
+    import torch
+
+    from ..ernie_core.sampling.guidance import with_cfg
+    from ..ernie_core.sampling.latents import mix_noise
+    from ..ernie_core.sampling.samplers import sample_euler
+
+    start = latent["samples"].float()
+    if len(sigmas) < 2:  # denoise 0
+        return start, start
+    if negative is None and cfg != 1:
+        raise ErnieError(
+            f"a negative prompt expected at cfg {cfg:g}, none came; connect one, or set cfg to 1."
+        )
+    where = device()
+    dit = _bring(model.dit)
+    start, noise = start.to(where), noise.to(where)
+    uncond = None if negative is None or cfg == 1 else _make_denoise(dit, negative, start)
+    denoise = with_cfg(_make_denoise(dit, positive, start), uncond, cfg)
+    if latent.get("noise_mask") is not None:
+        denoise = _keep_outside(denoise, latent["noise_mask"], start, noise)
+    bar = progress(len(sigmas) - 1)
+    last = start
+
+    def on_step(step: int, _steps: int, _x: Tensor, x0: Tensor) -> None:
+        nonlocal last
+        last = x0
+        bar.update_absolute(step + 1)
+        throw_if_interrupted()
+
+    with torch.inference_mode():
+        x = sample_euler(denoise, mix_noise(start, noise, float(sigmas[0])), sigmas, on_step=on_step)
+    return x.cpu().clone(), last.cpu().clone()
+
+
+def _make_denoise(dit: Any, conditioning: list, like: Tensor) -> Callable[[Tensor, float], Tensor]:
+    """Return denoise(x, sigma) under one prompt; a conditioning batch repeats to the latent's batch, as on the host."""
+    import torch
+
+    if len(conditioning) != 1:
+        raise ErnieError(
+            f"one conditioning expected without ComfyUI, {len(conditioning)} combined ones came; run this in ComfyUI."
+        )
+    weight = next(dit.parameters())
+    batch = like.shape[0]
+    text = conditioning[0][0].to(device=like.device, dtype=weight.dtype)
+    text = text.repeat(-(-batch // text.shape[0]), 1, 1)[:batch]
+
+    def denoise(x: Tensor, sigma: float) -> Tensor:
+        timesteps = torch.full((batch,), 1000.0 * sigma, device=x.device)
+        return dit(x.to(weight.dtype), timesteps, text).float()
+
+    return denoise
+
+
+def _keep_outside(
+    denoise: Callable[[Tensor, float], Tensor], mask: Tensor, start: Tensor, noise: Tensor
+) -> Callable[[Tensor, float], Tensor]:
+    """Hold everything outside `mask` (1 = paint) on the path from the noise to the start picture."""
+    import torch
+
+    mask = mask.reshape(-1, 1, *mask.shape[-2:]).to(start)
+    mask = torch.nn.functional.interpolate(mask, size=start.shape[-2:], mode="bilinear")
+    mask = mask.repeat(-(-start.shape[0] // mask.shape[0]), 1, 1, 1)[: start.shape[0]]
+
+    def masked(x: Tensor, sigma: float) -> Tensor:
+        inside = x * mask + (sigma * noise + (1 - sigma) * start) * (1 - mask)
+        x0 = (inside - sigma * denoise(inside, sigma)) * mask + start * (1 - mask)
+        return (x - x0) / sigma
+
+    return masked
+
+
+def decode(vae: Any, latent: Mapping[str, Any]) -> Tensor:
+    """Return IMAGE [B, H, W, 3] in [0, 1]; one picture at a time."""
+    return _decode_each(latent, _bring(vae).decode, vae)
+
+
+def decode_tiled(vae: Any, latent: Mapping[str, Any], *, tile_px: int, overlap_px: int) -> Tensor:
+    """`decode` in tiles; can be interrupted between them."""
+
+    def on_tile(done: int, total: int) -> None:
+        bar.update_absolute(done, total)
+        throw_if_interrupted()
+
+    bar = progress(1)
+    vae = _bring(vae)
+    return _decode_each(
+        latent, lambda z: vae.decode_tiled(z, tile_px=tile_px, overlap_px=overlap_px, on_tile=on_tile), vae
+    )
+
+
+def _decode_each(latent: Mapping[str, Any], run: Callable[[Tensor], Tensor], vae: Any) -> Tensor:
+    import torch
+
+    weight = next(vae.parameters())
+    pictures = []
+    with torch.inference_mode():
+        for one in latent["samples"].split(1):
+            throw_if_interrupted()
+            image_BCHW = run(one.to(weight))
+            pictures.append((image_BCHW.float().cpu() / 2 + 0.5).clamp(0, 1).movedim(1, -1).clone())
+    return torch.cat(pictures)
+
+
+def encode(vae: Any, image_BHWC: Tensor) -> dict[str, Any]:
+    """Return LATENT of pictures in [0, 1]; sides are cropped to multiples of 16 around the middle, as on the host."""
+    import torch
+
+    height, width = (side // 16 * 16 for side in image_BHWC.shape[1:3])
+    top, left = (image_BHWC.shape[1] - height) // 2, (image_BHWC.shape[2] - width) // 2
+    image_BHWC = image_BHWC[:, top : top + height, left : left + width, :3]
+    vae = _bring(vae)
+    weight = next(vae.parameters())
+    with torch.inference_mode():
+        parts = [
+            vae.encode((one.movedim(-1, 1) * 2 - 1).to(weight)).float().cpu() for one in image_BHWC.split(1)
+        ]
+    return {"samples": torch.cat(parts).clone()}
