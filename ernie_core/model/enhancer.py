@@ -1,0 +1,222 @@
+"""The prompt enhancer: a Ministral 3 language model that turns a short prompt into a long visual description.
+
+Source: `pe/` of baidu/ERNIE-Image (config.json, chat_template.jinja) and ErnieImagePipeline._enhance_prompt_with_pe
+(diffusers 0.42.1). Conventions that are easily got wrong: the prompt travels as JSON, so quotes and backslashes in it
+are escaped; there is exactly one BOS; all 26 layers and the final norm run, and logits use the embedding's weights.
+Logits pass through transformers' own processors in the order of its `generate`; the draw is ours, from a CPU generator,
+so that a seed means the same text on every device (up to rounding of the logits).
+
+Shape letters: S tokens so far, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..config import MAX_TEXT_TOKENS
+from ..errors import ErnieError
+from .text_encoder import Decoder, TextStream, Tokenizer
+
+logger = logging.getLogger(__name__)
+
+CHAT_TEMPLATE = Path(__file__).with_name(
+    "pe_chat_template.jinja"
+)  # pe_tokenizer/chat_template.jinja, unchanged
+
+
+@functools.cache
+def default_system_prompt() -> str:
+    """The instruction in the official chat template."""
+    found = re.search(
+        r"\[SYSTEM_PROMPT\](.*?)\[/SYSTEM_PROMPT\]", CHAT_TEMPLATE.read_text(encoding="utf-8"), re.DOTALL
+    )
+    assert found, CHAT_TEMPLATE
+    return found.group(1)
+
+
+def render_prompt(prompt: str, width: int, height: int, *, system: str | None = None) -> str:
+    """The text that the enhancer reads, as the official chat template renders it, BOS included.
+
+    `width`, `height`: of the picture, in pixels. `system` None = the official instruction (in Chinese).
+    """
+    for name, px in (("width", width), ("height", height)):
+        if px != int(px) or px < 1:
+            raise ErnieError(f"{name} must be a whole number of pixels, 1 or more, got {px}.")
+    user = json.dumps({"prompt": prompt, "width": int(width), "height": int(height)}, ensure_ascii=False)
+    system = default_system_prompt() if system is None else system
+    return f"<s>[SYSTEM_PROMPT]{system}[/SYSTEM_PROMPT][INST]{user}[/INST]"
+
+
+def make_processors(
+    *, temperature: float, top_p: float, top_k: int, min_p: float, repetition_penalty: float
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """A function of (ids_1S, logits_1V) returning processed logits, in the order of transformers' `generate`.
+
+    Temperature 0 (greedy) keeps the repetition penalty and leaves out the rest, as `generate(do_sample=False)` does.
+
+    Raises:
+        ErnieError: a value is out of its range.
+    """
+    from transformers.generation import logits_process as hf
+
+    for name, value, ok, expected in (
+        ("temperature", temperature, 0 <= temperature < float("inf"), "0 (greedy) or more"),
+        ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1 (1 = off)"),
+        ("top_k", top_k, top_k >= 0 and top_k == int(top_k), "a whole number, 0 (off) or more"),
+        ("min_p", min_p, 0 <= min_p <= 1, "between 0 (off) and 1"),
+        (
+            "repetition_penalty",
+            repetition_penalty,
+            0 < repetition_penalty < float("inf"),
+            "above 0 (1 = off)",
+        ),
+    ):
+        if not ok:
+            raise ErnieError(f"{name} must be {expected}, got {value}.")
+
+    processors = hf.LogitsProcessorList()
+    if repetition_penalty != 1:
+        processors.append(hf.RepetitionPenaltyLogitsProcessor(float(repetition_penalty)))
+    if temperature > 0:
+        if temperature != 1:
+            processors.append(hf.TemperatureLogitsWarper(float(temperature)))
+        if top_k:
+            processors.append(hf.TopKLogitsWarper(int(top_k)))
+        if top_p < 1:
+            processors.append(hf.TopPLogitsWarper(float(top_p)))
+        if min_p:
+            processors.append(hf.MinPLogitsWarper(float(min_p)))
+    return processors
+
+
+def draw_token(scores_1V: Tensor, generator: torch.Generator) -> int:
+    """One token id from softmax(scores): the inverse of the cumulative sum at one uniform number of `generator`.
+
+    On the CPU in fp64, so that rounding on other devices hardly ever changes the token.
+    """
+    cumulative_V = scores_1V.float().softmax(dim=-1)[0].to("cpu").double().cumsum(dim=0)
+    point = torch.rand((), generator=generator) * cumulative_V[-1]
+    return int(torch.searchsorted(cumulative_V, point, right=True).clamp(max=len(cumulative_V) - 1))
+
+
+class Enhancer(Decoder):
+    """The whole language model, and its tokenizer. Keys: `embed_tokens.weight`, `layers.N...`, `norm.weight`."""
+
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        tokenizer: Tokenizer,
+        *,
+        ops: Any = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ):
+        """`config` is `pe/config.json`; `ops`, `dtype`, `device` as in TextEncoder. The output layer is the embedding."""
+        num_layers = int(config.get("num_hidden_layers") or 0)
+        super().__init__(config, num_layers=num_layers, ops=ops, dtype=dtype, device=device, final_norm=True)
+        self.tokenizer = tokenizer
+        self.max_context = int(config.get("max_position_embeddings") or 262144)  # tokens, prompt and answer
+        eos = config.get("eos_token_id")
+        self.eos_ids = frozenset(
+            [tokenizer.eos_id] if eos is None else [eos] if isinstance(eos, int) else eos
+        )
+
+    def output_weight(self, like: Tensor) -> Tensor:
+        """The embedding's weight [V, D] on the device and in the dtype of `like`; read once per answer.
+
+        A host that streams weights overrides this with its own way to fetch one.
+        """
+        return self.embed_tokens.weight.to(device=like.device, dtype=like.dtype)
+
+    @torch.no_grad()
+    def enhance(
+        self,
+        prompt: str,
+        width: int,
+        height: int,
+        *,
+        seed: int = 0,
+        temperature: float = 0.6,
+        top_p: float = 0.95,
+        top_k: int = 0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        max_new_tokens: int = MAX_TEXT_TOKENS,
+        system: str | None = None,
+        on_token: Callable[[str], None] | None = None,
+        device: torch.device | str | None = None,
+    ) -> str:
+        """A long description for `prompt`, ready to be encoded in its place.
+
+        Args:
+            prompt: what the user wrote; "" lets the model invent a picture.
+            width, height: of the picture to come, in pixels; the model is told.
+            seed: one seed, one text.
+            temperature: 0 = always the likeliest token; 0.6 is official, as is top_p 0.95.
+            top_p, top_k, min_p, repetition_penalty: 1, 0, 0 and 1 are off.
+            max_new_tokens: the answer is cut there, with a warning.
+            system: another instruction instead of the official one.
+            on_token: called with the text so far after each token; what it raises ends the call.
+            device: where to run; None = where the embedding lies.
+
+        Returns:
+            The description, or `prompt` itself, with a warning, if the model had nothing to say.
+
+        Raises:
+            ErnieError: a value is out of its range, or the prompt is longer than the model's context.
+        """
+        from transformers import DynamicCache
+
+        process = make_processors(
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+        )
+        if max_new_tokens < 1:
+            raise ErnieError(f"max_new_tokens must be 1 or more, got {max_new_tokens}.")
+        ids = self.tokenizer.encode(render_prompt(prompt, width, height, system=system), max_tokens=None)
+        if len(ids) >= self.max_context:
+            raise ErnieError(
+                f"the prompt with its instructions has {len(ids)} tokens, the enhancer holds {self.max_context} with "
+                f"its answer; shorten the prompt by at least {len(ids) - self.max_context + 1} tokens."
+            )
+        limit = min(max_new_tokens, self.max_context - len(ids))
+        generator = torch.Generator("cpu").manual_seed(seed)
+        device = self.embed_tokens.weight.device if device is None else device
+        ids_1S = torch.empty((1, len(ids) + limit), dtype=torch.long, device=device)
+        ids_1S[0, : len(ids)] = torch.tensor(ids)
+
+        cache, stream, answer = DynamicCache(), TextStream(self.tokenizer), list[int]()
+        weight_VD: Tensor | None = None
+        done = 0  # tokens already in the cache
+        for length in range(len(ids), len(ids) + limit):
+            hidden_1D = self.norm(self.run_layers(ids_1S[:, done:length], cache)[:, -1])
+            weight_VD = self.output_weight(hidden_1D) if weight_VD is None else weight_VD
+            scores_1V = process(ids_1S[:, :length], F.linear(hidden_1D, weight_VD).float())
+            token = draw_token(scores_1V, generator) if temperature > 0 else int(scores_1V.argmax())
+            if token in self.eos_ids:
+                break
+            answer.append(token)
+            ids_1S[0, length] = token
+            done = length
+            if on_token is not None:
+                on_token(stream.push(token))
+        else:
+            logger.warning("the enhanced prompt was cut at %d tokens before the model had finished", limit)
+        text = self.tokenizer.decode(answer).strip()
+        if not text:
+            logger.warning("the enhancer answered nothing; the original prompt is used")
+            return prompt
+        return text
