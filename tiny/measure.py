@@ -2,32 +2,37 @@
 
 Used to say in numbers how well the tiny model follows its prompts. The steps, each robust to noise and blur:
 
-1. The background is a straight line in y per colour channel, fitted to the picture's border (so it covers plain
-   backgrounds and vertical gradients).
-2. Pixels far from it in RGB, cleaned by a 3x3 median, form the mask; its largest 4-connected component is the object.
-   A second pass puts the mask's edge half way between the object's colour and the background.
-3. Colour is the palette entry nearest to the median inside; place is the grid place nearest to the centre of the
-   bounding box; size is its longer side against the half-way point of the two sizes.
-4. Shape is the drawn reference mask with the best overlap (intersection over union) after both are scaled to the
-   same square. A ring's hole, a star's notches and a triangle's corners all cost overlap, so this one feature is
-   enough; the overlap is reported as `shape_overlap`.
+1. The background is a straight line in y per colour channel, fitted to the picture's border (so it covers
+   plain backgrounds and vertical gradients).
+2. Pixels far from it in RGB, after a slight blur, form the mask; its largest 4-connected component is the
+   object. A second pass puts the mask's edge half way between the object's colour and the background.
+3. Colour is the palette entry nearest to the median inside; place is the grid place nearest to the centre of
+   the bounding box; size is its longer side against the half-way point of the two sizes.
+4. Shape is the drawn reference mask with the best overlap (intersection over union) after both are scaled to
+   the same square. A ring's hole, a star's notches and a triangle's corners all cost overlap, so this one
+   feature is enough; the overlap is reported as `shape_overlap`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
+from typing import TypeVar
 
 import numpy as np
+from numpy.typing import ArrayLike
 from PIL import Image, ImageFilter
 
 from .scenes import BACKGROUNDS, COLORS, PLACES, SHAPES, SIZES, STYLES, Scene, background_ends, shape_mask
 
 MIN_DISTANCE = 40.0
-"""RGB distance (0..441) from the background at which a pixel belongs to an object; colours keep 90 at least."""
+"""RGB distance (0..441) from the background at which a pixel belongs to an object (drawn: 90 or more)."""
 AREA_RANGE = (0.012, 0.35)
 """Share of the picture that an object may cover; drawn ones cover 0.02 to 0.18."""
 _GRID = 32
+
+Name = TypeVar("Name")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,19 +62,20 @@ def measure(image: np.ndarray) -> Measured:
     """
     picture = _to_uint8(image)
     height, width = picture.shape[:2]
-    smooth = np.asarray(Image.fromarray(picture).filter(ImageFilter.MedianFilter(3)), dtype=np.float64)
+    smooth = np.asarray(Image.fromarray(picture).filter(ImageFilter.BoxBlur(0.5)), dtype=np.float32)
     top, bottom = _border_line(smooth)
     backdrop, style = _nearest_backdrop(top, bottom)
-    behind = (top + (bottom - top) * np.linspace(0, 1, height)[:, None])[:, None]
+    behind = (top + (bottom - top) * np.linspace(0, 1, height, dtype=np.float32)[:, None])[:, None]
     difference = smooth - behind
 
-    component = _largest_component(np.linalg.norm(difference, axis=-1) > MIN_DISTANCE)
+    component = _largest_component(np.einsum("hwc,hwc->hw", difference, difference) > MIN_DISTANCE**2)
     if not AREA_RANGE[0] < component.mean() < AREA_RANGE[1]:
         return Measured(background=backdrop, style=style)
     ink = _inner_median(smooth, component)
     # Share of ink in each pixel, 0 = background .. 1 = object, along the line between the two colours.
     towards = ink - behind
-    share = (difference * towards).sum(axis=-1) / np.maximum((towards**2).sum(axis=-1), 1.0)
+    length = np.maximum(np.einsum("hwc,hwc->hw", towards, towards), 1.0)
+    share = np.einsum("hwc,hwc->hw", difference, np.broadcast_to(towards, difference.shape)) / length
     component = _largest_component(share > 0.5)
     if not AREA_RANGE[0] < component.mean() < AREA_RANGE[1]:
         return Measured(background=backdrop, style=style)
@@ -92,7 +98,7 @@ def measure(image: np.ndarray) -> Measured:
 
 
 def matches(scene: Scene, measured: Measured) -> dict[str, bool]:
-    """For each fact whether the picture shows what the scene says; nothing found matches in the background only."""
+    """For each fact whether the picture shows what the scene says; nothing found matches no object fact."""
     return {
         "shape": measured.shape == scene.shape,
         "color": measured.color == scene.color,
@@ -114,7 +120,7 @@ def _to_uint8(image: np.ndarray) -> np.ndarray:
 def _border_line(picture: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The colour [3] of the background at the top and at the bottom, from a line fitted to each row's border.
 
-    Rows whose border is far from the line (an object that touches the side) are left out and the line fitted again.
+    Rows whose border is far from the line (an object that touches the side) are left out of the next fit.
     """
     height, width = picture.shape[:2]
     margin = max(2, round(0.03 * min(height, width)))
@@ -127,27 +133,28 @@ def _border_line(picture: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     keep = np.ones(height, dtype=bool)
     ends = np.zeros((2, 3))
     for _ in range(3):
-        ends = np.linalg.lstsq(design[keep], per_row[keep], rcond=None)[0]
+        ends = np.linalg.lstsq(design[keep], per_row[keep], rcond=None)[0].astype(np.float32)
         error = np.linalg.norm(per_row - design @ ends, axis=1)
         keep = error <= max(12.0, 2 * float(np.median(error)))
     return ends[0], ends[1]
 
 
 def _nearest_backdrop(top: np.ndarray, bottom: np.ndarray) -> tuple[str, str]:
-    measured = np.concatenate([top, bottom])
-    names = [(background, style) for background in BACKGROUNDS for style in STYLES]
-    distances = [np.linalg.norm(np.concatenate(background_ends(*name)) - measured) for name in names]
-    return names[int(np.argmin(distances))]
+    ends = {
+        (background, style): np.concatenate(background_ends(background, style))
+        for background in BACKGROUNDS
+        for style in STYLES
+    }
+    return _nearest(np.concatenate([top, bottom]), ends)
 
 
-def _nearest(
-    point: np.ndarray, table: dict[str, tuple[int, int, int]] | dict[str, tuple[float, float]]
-) -> str:
-    return min(table, key=lambda name: float(np.linalg.norm(np.asarray(table[name]) - point)))
+def _nearest(point: np.ndarray, table: Mapping[Name, ArrayLike]) -> Name:
+    distances = np.linalg.norm(np.array(list(table.values())) - point, axis=1)
+    return list(table)[int(distances.argmin())]
 
 
 def _inner_median(picture: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Median colour inside the mask after taking one pixel off its edge (the whole mask if that leaves nothing)."""
+    """Median colour inside the mask after taking one pixel off its edge (or all of it if nothing is left)."""
     inner = mask.copy()
     inner[1:] &= mask[:-1]
     inner[:-1] &= mask[1:]

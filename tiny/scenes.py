@@ -1,11 +1,12 @@
 """Drawn, captioned scenes: the training data of ernie-image-tiny, and the words it knows.
 
-One object per picture: a shape, a colour, a size, one of nine places, on a background that is plain or a soft
-vertical gradient. Everything is drawn from the tables below, numpy and Pillow only, and is a function of the scene
-and the `numpy.random.Generator` passed in. Lengths are fractions of the picture's side, so any size can be drawn.
+One object per picture: a shape, a colour, a size, one of nine places, on a background that is plain or a
+soft vertical gradient. Everything is drawn from the tables below, numpy and Pillow only, and is a function of
+the scene and the `numpy.random.Generator` passed in. Lengths are fractions of the picture's side, so any size
+can be drawn.
 
-The same facts are told in four ways: `caption` (short, all facts), `short_prompt` (some facts: what a user types),
-`long_description` (what the prompt enhancer makes of that) and `facts`, which reads them back out of any text.
+The same facts are told in three ways: `caption` (short, all facts), `short_prompt` (some facts: what a user
+types) and `long_description` (what the prompt enhancer makes of that). `facts` reads them back from any text.
 """
 
 from __future__ import annotations
@@ -137,7 +138,7 @@ def split(holdout_seed: int = HOLDOUT_SEED) -> tuple[list[Scene], list[Scene]]:
 
 
 def heldout_prompts(count: int = 200, *, holdout_seed: int = HOLDOUT_SEED) -> list[tuple[Scene, str]]:
-    """`count` different held-out scenes with one caption each; always the same ones for the same arguments."""
+    """`count` different held-out scenes with one caption each; a function of the arguments."""
     heldout = split(holdout_seed)[1]
     rng = np.random.default_rng([holdout_seed, count])
     chosen = rng.choice(len(heldout), size=count, replace=False)
@@ -159,7 +160,7 @@ def shape_mask(shape: str, *, diameter: float, center: tuple[float, float], size
 
     def place(points: np.ndarray) -> list[tuple[float, float]]:
         points = points - (points.min(axis=0) + points.max(axis=0)) / 2
-        # Pillow paints a pixel whose centre is at +0.5: the half keeps the drawing centred after the reduction.
+        # Pillow paints a pixel whose centre is at +0.5: the half keeps the drawing centred.
         return [((center[0] + x) * scale - 0.5, (center[1] + y) * scale - 0.5) for x, y in points]
 
     def disc(radius: float, fill: int) -> None:
@@ -243,7 +244,7 @@ def canonical_caption(scene: Scene) -> str:
 
 
 def training_caption(scene: Scene, rng: np.random.Generator) -> str:
-    """A caption as training mixes them: a quarter long descriptions, a quarter canonical, half any wording."""
+    """A caption as training mixes them: a quarter long, a quarter canonical, half any short wording."""
     draw_kind = rng.random()
     if draw_kind < 0.25:
         return long_description(named_facts(scene), rng)
@@ -251,7 +252,7 @@ def training_caption(scene: Scene, rng: np.random.Generator) -> str:
 
 
 def short_prompt(scene: Scene, rng: np.random.Generator, keep: Collection[str] | None = None) -> str:
-    """A prompt that names colour and shape and, of the other facts, only those in `keep` (None: a random few).
+    """A prompt that names colour and shape and, of the rest, only the facts in `keep` (None: a random few).
 
     `keep` holds names of `FACTS`; "style" can only be told together with "background".
     """
@@ -305,12 +306,12 @@ _MOOD = (
 def long_description(given: Mapping[str, str], rng: np.random.Generator) -> str:
     """A description of 35 to 70 words that keeps every given fact and fills in the missing ones.
 
-    `given` is a dict as `facts` returns. The first sentence is the canonical caption of the completed scene. A
-    missing background is one that the colour stands out from; a missing style is plain more often than not.
+    `given` is a dict as `facts` returns. The first sentence is the canonical caption of the completed scene.
+    A missing background is one that the colour stands out from. A background given without a style is plain.
     """
     filled = {fact: value for fact, value in given.items() if fact in FACTS}
     if "style" not in filled:
-        filled["style"] = "plain" if rng.random() < 0.75 else "gradient"
+        filled["style"] = "plain" if "background" in filled or rng.random() < 0.6 else "gradient"
     for fact in ("shape", "color", "size", "place", "background"):
         options: Collection[str] = VALUES[fact]
         if fact == "color" and "background" in filled:
@@ -334,8 +335,8 @@ _NAMES = re.compile(r"\b(" + "|".join(sorted(_FACT_OF, key=len, reverse=True)) +
 def facts(text: str) -> dict[str, str]:
     """The facts that a text names, as {fact: value} in the order of `FACTS`.
 
-    A fact that is named with two different values counts as not named. "plain" is the absence of a style and never
-    reported, so `facts(caption(scene, rng)) == named_facts(scene)`.
+    A fact that is named with two different values counts as not named. "plain" is the absence of a style and
+    never reported, so `facts(caption(scene, rng)) == named_facts(scene)`.
     """
     named: dict[str, set[str]] = {}
     for match in _NAMES.finditer(" ".join(text.lower().split())):

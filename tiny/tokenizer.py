@@ -1,11 +1,11 @@
-"""The tiny model's tokenizer: byte-level BPE of about a thousand entries, in the released tokenizer's two file forms.
+"""The tiny model's tokenizer: byte-level BPE of about a thousand entries, in both released file forms.
 
-Ids as in the released "tekken" vocabulary, in miniature: 20 special tokens (same ids 0..19), then the 256 bytes, then
-merged entries in the order training found them. So an id is a tekken rank plus 20 (released: plus 1000).
+Ids as in the released "tekken" vocabulary, in miniature: 20 special tokens (same ids 0..19), then the 256
+bytes, then merged entries in the order training found them. An id is a tekken rank plus 20 (released: 1000).
 
-A tekken file stores no merges: its reader joins, at every step, the neighbours whose concatenation has the lowest
-rank. `build_tokenizer` therefore throws the trained merge list away and writes every way of cutting each entry into
-two entries, in rank order. Both forms then follow the same rule and give the same ids.
+A tekken file stores no merges: its reader joins, at every step, the neighbours whose concatenation has the
+lowest rank. `build_tokenizer` therefore throws the trained merge list away and writes every way of cutting
+each entry into two entries, in rank order. Both forms then follow the same rule and give the same ids.
 """
 
 from __future__ import annotations
@@ -60,13 +60,13 @@ SPLIT_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-"""How text is cut before merging: the LLaMA 3 pattern, the only one that ComfyUI's tekken reader knows (0.33)."""
+"""How text is cut before merging: the LLaMA 3 pattern, the one that ComfyUI 0.33 reads tekken with."""
 CHAT_TEMPLATE = Path(__file__).resolve().parents[1] / "ernie_core" / "model" / "pe_chat_template.jinja"
 _CORPUS_SCENES = 1500
 
 
 def make_corpus() -> list[str]:
-    """The texts that the vocabulary is trained on: captions, prompts, descriptions, requests to the enhancer."""
+    """The texts that the vocabulary is trained on: captions, prompts, descriptions, enhancer requests."""
     scenes = all_scenes()
     rng = np.random.default_rng(0)
     # Twice, so that each word becomes one entry both at the start of a text and after a space.
@@ -104,8 +104,8 @@ def _trained_entries() -> tuple[bytes, ...]:
 def build_tokenizer(*, prepend_bos: bool = True) -> Tokenizer:
     """The tokenizer, trained anew (under a second, always the same).
 
-    `prepend_bos` is for the text encoder's `tokenizer/`; the enhancer's `pe_tokenizer/` adds nothing, because its
-    chat template writes the `<s>` itself.
+    `prepend_bos` is for the text encoder's `tokenizer/`; the enhancer's `pe_tokenizer/` adds nothing, because
+    its chat template writes the `<s>` itself.
     """
     entries = _trained_entries()
     offset = len(SPECIAL_TOKENS)
@@ -139,12 +139,12 @@ def tokenizer_config() -> dict[str, object]:
 
 
 def save_tokenizer(folder: Path) -> None:
-    """Write the text encoder's `tokenizer.json` and `tokenizer_config.json` into a folder (made if missing)."""
+    """Write the text encoder's `tokenizer.json` and `tokenizer_config.json` into a new or old folder."""
     _save(folder, build_tokenizer())
 
 
 def save_pe_tokenizer(folder: Path) -> None:
-    """Write the enhancer's tokenizer files, with its `chat_template.jinja`, into a folder (made if missing)."""
+    """Write the enhancer's tokenizer files, with its `chat_template.jinja`, into a new or old folder."""
     _save(folder, build_tokenizer(prepend_bos=False))
     (folder / "chat_template.jinja").write_bytes(CHAT_TEMPLATE.read_bytes())
 
@@ -160,7 +160,7 @@ def _save(folder: Path, tokenizer: Tokenizer) -> None:
 def to_tekken_bytes(tokenizer: Tokenizer) -> bytes:
     """The same vocabulary as a tekken.json, as mistral-common and the single-file text encoders hold it.
 
-    `tokenizer` is one that `build_tokenizer` made. Readers get the same ids as from it, less the `<s>` in front.
+    `tokenizer` is one that `build_tokenizer` made. Readers get its ids, less the `<s>` in front.
     """
     offset = len(SPECIAL_TOKENS)
     by_id = sorted((index, text) for text, index in tokenizer.get_vocab().items() if index >= offset)
