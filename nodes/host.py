@@ -220,8 +220,9 @@ def _model_classes() -> tuple[type, type]:
         def model_type(self, state_dict, prefix=""):
             return comfy.model_base.ModelType.FLOW
 
-    # From 0.19 on LoRA keys with the prefix "transformer." are mapped for instances of core's ErnieImage only.
-    base = getattr(comfy.model_base, "ErnieImage", comfy.model_base.BaseModel)
+    # The host maps LoRA keys that begin with "transformer." for some of its classes only: from 0.19 on for ErnieImage;
+    # before, HiDream is one of them, and being one has no other effect.
+    base = getattr(comfy.model_base, "ErnieImage", comfy.model_base.HiDream)
 
     class ErnieModel(base):
         def __init__(self, model_config, device=None):
@@ -230,6 +231,9 @@ def _model_classes() -> tuple[type, type]:
                 self, model_config, comfy.model_base.ModelType.FLOW, device=device, unet_model=_adapter_class()
             )
             self._scaled_sampling = None
+
+        def encode_adm(self, **kwargs):
+            return None
 
         def extra_conds(self, **kwargs):
             out = comfy.model_base.BaseModel.extra_conds(self, **kwargs)
@@ -333,7 +337,8 @@ class ClipModel(torch.nn.Module):
 
     def __init__(self, encoder: torch.nn.Module, dtype: torch.dtype):
         super().__init__()
-        self.encoder = encoder
+        self.encoder = encoder.eval().requires_grad_(False)
+        self.encoder.compute_dtype = torch.float32  # as core computes text features, whatever the weights are stored in
         self.dtypes = {dtype}
         self.execution_device: torch.device | None = None
 
@@ -352,6 +357,9 @@ class ClipModel(torch.nn.Module):
         ids = [[token[0] for token in section] for section in tokens[TOKENS_KEY]]
         hidden = self.encoder.encode_ids(ids, device=self.execution_device)
         return torch.cat([h[None] for h in hidden]).float().to(mm.intermediate_device()), None
+
+    def generate(self, *args, **kwargs):
+        raise ErnieError("the text encoder cannot write text: use Enhance Prompt (ERNIE) with Load Prompt Enhancer (ERNIE).")
 
     def load_sd(self, sd: dict[str, Tensor]) -> tuple[list[str], list[str]]:
         missing, unexpected = self.encoder.load_state_dict(sd, strict=False)
@@ -459,8 +467,9 @@ def _load_vae(component, weight_dtype: str, disable_dynamic: bool = False):
     params = {"ddconfig": {**dd, "num_res_blocks": 0, "attn_resolutions": [], "dropout": 0.0}, "embed_dim": 1}
     stand_in = AutoencoderKL(**params).state_dict()
     vae = comfy.sd.VAE(sd=stand_in, config={"params": params}, dtype=_DTYPES.get(weight_dtype))
-    model = build_vae(component, ops=comfy.ops.disable_weight_init, dtype=vae.vae_dtype, device="cpu").eval()
+    model = build_vae(component, ops=comfy.ops.disable_weight_init, dtype=vae.vae_dtype, device="cpu")
     model.__class__ = HostVAE
+    model.eval().requires_grad_(False)
     mm.archive_model_dtypes(model)
     vae.first_stage_model = model
     vae.patcher = _patcher_class(disable_dynamic)(
@@ -510,7 +519,13 @@ class PromptEnhancer:
 
         mm.load_models_gpu([self.patcher])
         return self.patcher.model.enhance(
-            prompt, width, height, on_token=step, max_new_tokens=max_new_tokens, **settings
+            prompt,
+            width,
+            height,
+            on_token=step,
+            max_new_tokens=max_new_tokens,
+            device=self.patcher.load_device,
+            **settings,
         )
 
 
@@ -525,6 +540,7 @@ def make_enhancer(component) -> PromptEnhancer:
     dtype = comfy.utils.weight_dtype(component.state_dict) or torch.bfloat16
     offload = mm.text_encoder_offload_device()
     enhancer = build_enhancer(component, ops=comfy.ops.manual_cast, dtype=dtype, device=offload)
+    enhancer.eval().requires_grad_(False)
     mm.archive_model_dtypes(enhancer)
     patcher = _patcher_class()(enhancer, load_device=mm.text_encoder_device(), offload_device=offload)
     return PromptEnhancer(patcher, str(component.source))
