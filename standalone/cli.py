@@ -85,6 +85,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ErnieError as e:
         tell(f"error: {e}")
         return EXIT_REFUSED
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
     return run(workflow, classes)
 
 

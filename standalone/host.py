@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
+from ..ernie_core.config import BASE
 from ..ernie_core.errors import ErnieError, Interrupted
 from .progress import ProgressBar
 
@@ -29,10 +30,12 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from ..ernie_core.sampling.guidance import Denoise
+
 logger = logging.getLogger(__name__)
 
 TINY_FOLDER = Path(__file__).resolve().parents[1] / "tiny" / "ernie-image-tiny"
-OFFICIAL_SHIFT = 4.0  # scheduler_config.json of both checkpoints
+LATENT_CHANNELS = 128
 SEARCH_DEPTH = 3  # folders below the models folder in which official folders are looked for
 
 # Released file names and, per kind, the sub-folders of an official folder that hold the same weights.
@@ -73,7 +76,7 @@ class Model:
     """MODEL: the transformer and the sampling shift that schedulers read."""
 
     dit: Any
-    shift: float = OFFICIAL_SHIFT
+    shift: float = BASE.shift
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +92,7 @@ class LoadedEnhancer:
     """ERNIE_ENHANCER: the language model and the file it came from."""
 
     enhancer: Any
-    source: Path
+    source: str
 
     def enhance(
         self,
@@ -369,20 +372,20 @@ def _bring(module: Any) -> Any:
     return module.to(where)
 
 
-def make_model(component: Any, *, weight_dtype: str) -> Model:
+def make_model(component: Any, *, weight_dtype: str = "default") -> Model:
     from ..ernie_core.weights.checkpoint import build_transformer
 
     return Model(dit=build_transformer(component, dtype=compute_dtype(weight_dtype), device="cpu").eval())
 
 
-def make_clip(component: Any, *, rope: str) -> TextModel:
+def make_clip(component: Any, *, rope: str = "yarn") -> TextModel:
     from ..ernie_core.weights.checkpoint import build_text_encoder
 
     encoder, tokenizer = build_text_encoder(component, dtype=compute_dtype(), device="cpu", rope=rope)
     return TextModel(encoder=encoder.eval(), tokenizer=tokenizer)
 
 
-def make_vae(component: Any, *, weight_dtype: str) -> Any:
+def make_vae(component: Any, *, weight_dtype: str = "default") -> Any:
     from ..ernie_core.weights.checkpoint import build_vae
 
     return build_vae(component, dtype=compute_dtype(weight_dtype), device="cpu").eval()
@@ -392,7 +395,7 @@ def make_enhancer(component: Any) -> LoadedEnhancer:
     from ..ernie_core.weights.checkpoint import build_enhancer
 
     enhancer = build_enhancer(component, dtype=compute_dtype(), device="cpu").eval()
-    return LoadedEnhancer(enhancer=enhancer, source=component.source)
+    return LoadedEnhancer(enhancer=enhancer, source=str(component.source))
 
 
 def encode_prompt(clip: TextModel, text: str) -> list:
@@ -415,7 +418,7 @@ def empty_latent(width: int, height: int, batch_size: int) -> dict[str, Any]:
 
     from ..ernie_core.sampling.latents import latent_size
 
-    return {"samples": torch.zeros(batch_size, 128, *latent_size(width, height))}
+    return {"samples": torch.zeros(batch_size, LATENT_CHANNELS, *latent_size(width, height))}
 
 
 def prepare_noise(latent: Mapping[str, Any], seed: int) -> Tensor:
@@ -469,11 +472,15 @@ def sample_from_noise(
     """Return (final samples, the last step's clean estimate), both fp32 on the CPU."""
     import torch
 
-    from ..ernie_core.sampling.guidance import with_cfg
     from ..ernie_core.sampling.latents import mix_noise
     from ..ernie_core.sampling.samplers import sample_euler
 
     start = latent["samples"].float()
+    if start.ndim != 4 or start.shape[1] != LATENT_CHANNELS:
+        raise ErnieError(
+            f"a latent [batch, {LATENT_CHANNELS}, height / 16, width / 16] expected, got {list(start.shape)}: it is another "
+            "model's; make it with Empty Latent (ERNIE), EmptyFlux2LatentImage, or VAEEncode."
+        )
     if len(sigmas) < 2:  # denoise 0
         return start, start
     if negative is None and cfg != 1:
@@ -483,8 +490,9 @@ def sample_from_noise(
     where = device()
     dit = _bring(model.dit)
     start, noise = start.to(where), noise.to(where)
-    uncond = None if negative is None or cfg == 1 else _make_denoise(dit, negative, start)
-    denoise = with_cfg(_make_denoise(dit, positive, start), uncond, cfg)
+    batch, size = start.shape[0], (start.shape[2], start.shape[3])
+    uncond = None if negative is None or cfg == 1 else _make_denoise(dit, negative, batch, size)
+    denoise = _guided(_make_denoise(dit, positive, batch, size), uncond, cfg)
     if latent.get("noise_mask") is not None:
         denoise = _keep_outside(denoise, latent["noise_mask"], start, noise)
     bar = progress(len(sigmas) - 1)
@@ -501,29 +509,28 @@ def sample_from_noise(
     return x.cpu().clone(), last.cpu().clone()
 
 
-def _make_denoise(dit: Any, conditioning: list, like: Tensor) -> Callable[[Tensor, float], Tensor]:
+def _make_denoise(dit: Any, conditioning: list, batch: int, size: tuple[int, int]) -> Denoise:
     """Return denoise(x, sigma) under one prompt; a conditioning batch repeats to the latent's batch, as on the host."""
-    import torch
+    from ..ernie_core.pipeline import make_denoise
 
     if len(conditioning) != 1:
         raise ErnieError(
             f"one conditioning expected without ComfyUI, {len(conditioning)} combined ones came; run this in ComfyUI."
         )
-    weight = next(dit.parameters())
-    batch = like.shape[0]
-    text = conditioning[0][0].to(device=like.device, dtype=weight.dtype)
-    text = text.repeat(-(-batch // text.shape[0]), 1, 1)[:batch]
-
-    def denoise(x: Tensor, sigma: float) -> Tensor:
-        timesteps = torch.full((batch,), 1000.0 * sigma, device=x.device)
-        return dit(x.to(weight.dtype), timesteps, text).float()
-
-    return denoise
+    text_BTD = conditioning[0][0]
+    return make_denoise(dit, [text_BTD[i % len(text_BTD)] for i in range(batch)], *size)
 
 
-def _keep_outside(
-    denoise: Callable[[Tensor, float], Tensor], mask: Tensor, start: Tensor, noise: Tensor
-) -> Callable[[Tensor, float], Tensor]:
+def _guided(cond: Denoise, uncond: Denoise | None, cfg: float) -> Denoise:
+    """Return guidance by the host's rule: every cfg but 1 asks the negative too."""
+    from ..ernie_core.sampling.guidance import cfg_velocity
+
+    if uncond is None:
+        return cond
+    return lambda x, sigma: cfg_velocity(cond(x, sigma).float(), uncond(x, sigma).float(), cfg)
+
+
+def _keep_outside(denoise: Denoise, mask: Tensor, start: Tensor, noise: Tensor) -> Denoise:
     """Hold everything outside `mask` (1 = paint) on the path from the noise to the start picture."""
     import torch
 
