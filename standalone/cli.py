@@ -1,8 +1,8 @@
 """The command line: `python -m standalone WORKFLOW [--set ...] [--out DIR]`.
 
 Exit codes: 0 done · 1 a node failed · 2 bad command line, or the workflow was refused before anything ran ·
-130 stopped by Ctrl-C. Results are printed on stdout (a path per saved file, then the text that nodes show), progress and
-errors go to stderr. Pictures that were finished stay in every case.
+130 stopped by Ctrl-C. Results are printed on stdout (a path per saved file, then the text that nodes show),
+progress and errors go to stderr. Pictures that were finished stay in every case.
 """
 
 from __future__ import annotations

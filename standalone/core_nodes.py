@@ -29,9 +29,15 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tiff", ".gif")
 def check_choice(sampler_name: str | None = None, scheduler: str | None = None) -> bool | str:
     """Say what standalone offers when a workflow asks for another sampler or scheduler."""
     if sampler_name is not None and sampler_name not in SAMPLERS:
-        return f"sampler_name {' or '.join(SAMPLERS)} expected without ComfyUI, got {sampler_name!r}; set it, or run this in ComfyUI."
+        return (
+            f"sampler_name {' or '.join(SAMPLERS)} expected without ComfyUI, got {sampler_name!r}; "
+            "set it, or run this in ComfyUI."
+        )
     if scheduler is not None and scheduler not in SCHEDULERS:
-        return f"scheduler {' or '.join(SCHEDULERS)} expected without ComfyUI, got {scheduler!r}; set it, or run this in ComfyUI."
+        return (
+            f"scheduler {' or '.join(SCHEDULERS)} expected without ComfyUI, got {scheduler!r}; "
+            "set it, or run this in ComfyUI."
+        )
     return True
 
 
@@ -552,7 +558,10 @@ class LoadImage(io.ComfyNode):
         path = host.input_folder() / str(image)
         if image is None or path.is_file():
             return True
-        return f"image: a file in {host.input_folder()} expected, {image!r} is not there; put it there or name the folder with --input."
+        return (
+            f"image: a file in {host.input_folder()} expected, {image!r} is not there; "
+            "put it there or name the folder with --input."
+        )
 
     @classmethod
     def execute(cls, image: str) -> io.NodeOutput:
@@ -789,6 +798,38 @@ class PrimitiveInt(io.ComfyNode):
         return io.NodeOutput(value)
 
 
+class PrimitiveFloat(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="PrimitiveFloat",
+            display_name="Float",
+            category="utils/primitive",
+            inputs=[io.Float.Input("value")],
+            outputs=[io.Float.Output()],
+        )
+
+    @classmethod
+    def execute(cls, value: float) -> io.NodeOutput:
+        return io.NodeOutput(value)
+
+
+class PrimitiveBoolean(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="PrimitiveBoolean",
+            display_name="Boolean",
+            category="utils/primitive",
+            inputs=[io.Boolean.Input("value")],
+            outputs=[io.Boolean.Output()],
+        )
+
+    @classmethod
+    def execute(cls, value: bool) -> io.NodeOutput:
+        return io.NodeOutput(value)
+
+
 NODES: tuple[type[io.ComfyNode], ...] = (
     UNETLoader,
     CLIPLoader,
@@ -819,4 +860,6 @@ NODES: tuple[type[io.ComfyNode], ...] = (
     PrimitiveString,
     PrimitiveStringMultiline,
     PrimitiveInt,
+    PrimitiveFloat,
+    PrimitiveBoolean,
 )

@@ -133,8 +133,8 @@ def check_types(types: set[str], classes: NodeClasses) -> None:
     unknown = sorted(types - set(classes))
     if unknown:
         raise ErnieError(
-            f"unknown node type{'s' * (len(unknown) > 1)}: {', '.join(unknown)}. Standalone has this pack's nodes and a "
-            "small set of core nodes (`python -m standalone --list`); run this workflow in ComfyUI, or mute these nodes."
+            f"unknown node type{'s' * (len(unknown) > 1)}: {', '.join(unknown)}. Standalone has this pack's nodes "
+            "and a small set of core nodes (`python -m standalone --list`); run it in ComfyUI, or mute these nodes."
         )
 
 
@@ -202,8 +202,8 @@ def _parse_page(page: dict[str, Any], classes: NodeClasses) -> Workflow:
             prompt[node_id] = {"class_type": node["type"], "inputs": inputs, "_meta": {"title": title}}
     except (KeyError, TypeError, IndexError, AttributeError) as e:
         raise ErnieError(
-            f"a UI-format workflow expected, its nodes or links are not as ComfyUI saves them ({type(e).__name__}: {e}); "
-            "open it in ComfyUI and save it again."
+            "a UI-format workflow expected, its nodes or links are not as ComfyUI saves them "
+            f"({type(e).__name__}: {e}); open it in ComfyUI and save it again."
         ) from e
     _finish_values(prompt, classes, places)
     return Workflow(prompt=prompt, page=page, places=places)
@@ -318,7 +318,7 @@ def _resolve_outside(level: _Level, slot: int, kind: Any, levels: Mapping[str, _
 
 
 def _bypass_link(node: Mapping[str, Any], slot: int, kind: Any) -> int | None:
-    """Return the link that a bypassed node passes on: the input beside the output if the types agree, else the first."""
+    """Return the link a bypassed node passes on: the input beside the output if the types agree, else the first."""
     inputs = node.get("inputs") or []
     outputs = node.get("outputs") or []
     kind = (
@@ -728,7 +728,7 @@ class _Run:
             answers = self._map(node_id, cls, cls.FUNCTION)
         except (Interrupted, KeyboardInterrupt):
             raise
-        except Exception as e:  # noqa: BLE001 - whatever a node raises is reported with its name
+        except Exception as e:  # whatever a node raises is reported with its name
             title = _title(self.workflow.prompt[node_id])
             raise NodeFailed(f"node {node_id} ({title}) failed: {e or type(e).__name__}") from e
         types, is_list = cls.RETURN_TYPES, cls.OUTPUT_IS_LIST
@@ -752,8 +752,8 @@ class _Run:
                     outputs[i].extend(answer.args[i]) if is_list[i] else outputs[i].append(answer.args[i])
                 else:
                     raise NodeFailed(
-                        f"node {node_id} ({cls.__name__}) gave {len(answer.args)} of {len(types)} outputs; this is a bug "
-                        "in the node."
+                        f"node {node_id} ({cls.__name__}) gave {len(answer.args)} of {len(types)} outputs; "
+                        "this is a bug in the node."
                     )
         if shown:
             self.result.ui[node_id] = shown

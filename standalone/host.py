@@ -169,7 +169,8 @@ def model_path(kind: str, name: str) -> Path:
     if session.models is None:
         if name not in (*RELEASED[kind], f"{TINY_FOLDER.name}/"):
             raise ErnieError(
-                f"one of {', '.join(list_models(kind))} expected, got {name!r}; give the folder of your models with --models."
+                f"one of {', '.join(list_models(kind))} expected, got {name!r}; "
+                "give the folder of your models with --models."
             )
         if not TINY_FOLDER.is_dir():
             raise ErnieError(
@@ -349,7 +350,8 @@ def compute_dtype(weight_dtype: str = "default") -> torch.dtype:
     }
     if weight_dtype not in dtypes:
         raise ErnieError(
-            f"weight_dtype {' or '.join(dtypes)} expected without ComfyUI, got {weight_dtype!r}; set weight_dtype=default."
+            f"weight_dtype {' or '.join(dtypes)} expected without ComfyUI, got {weight_dtype!r}; "
+            "set weight_dtype=default."
         )
     return dtypes[weight_dtype]
 
@@ -478,8 +480,8 @@ def sample_from_noise(
     start = latent["samples"].float()
     if start.ndim != 4 or start.shape[1] != LATENT_CHANNELS:
         raise ErnieError(
-            f"a latent [batch, {LATENT_CHANNELS}, height / 16, width / 16] expected, got {list(start.shape)}: it is another "
-            "model's; make it with Empty Latent (ERNIE), EmptyFlux2LatentImage, or VAEEncode."
+            f"a latent [batch, {LATENT_CHANNELS}, height / 16, width / 16] expected, got {list(start.shape)}: "
+            "it is another model's; make it with Empty Latent (ERNIE), EmptyFlux2LatentImage, or VAEEncode."
         )
     if len(sigmas) < 2:  # denoise 0
         return start, start

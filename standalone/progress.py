@@ -28,6 +28,7 @@ class ProgressBar:
         filled = WIDTH * min(value, self.total) // max(self.total, 1)
         spent = now - self._start
         left = spent / value * (self.total - value) if value else 0.0
-        line = f"{self.label} [{'#' * filled}{'.' * (WIDTH - filled)}] {value}/{self.total}  {spent:.1f} s, {left:.0f} s left"
+        bar = "#" * filled + "." * (WIDTH - filled)
+        line = f"{self.label} [{bar}] {value}/{self.total}  {spent:.1f} s, {left:.0f} s left"
         sys.stderr.write(f"\r\x1b[K{line}" + ("\n" if done else ""))
         sys.stderr.flush()

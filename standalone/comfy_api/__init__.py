@@ -19,7 +19,7 @@ IO, UI = io, ui
 class ComfyExtension(ABC):
     """What an entry point returns: the list of a pack's nodes."""
 
-    async def on_load(self) -> None:
+    async def on_load(self) -> None:  # noqa: B027 - overriding it is allowed, not asked for
         """Never called here, as on ComfyUI 0.12.1."""
 
     @abstractmethod

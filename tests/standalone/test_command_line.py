@@ -2,6 +2,8 @@
 
 import importlib
 import json
+import os
+import signal
 
 import pytest
 import torch
@@ -119,6 +121,29 @@ def test_an_interrupt_is_130_and_keeps_what_was_saved(run, tmp_path, capsys):
     }
     assert run(graph) == cli.EXIT_INTERRUPTED == 130
     assert str(tmp_path / "out" / "a_00001_.png") in capsys.readouterr().out
+
+
+def test_ctrl_c_stops_before_the_next_node(run, monkeypatch, capsys):
+    class Presses(io.ComfyNode):
+        @classmethod
+        def define_schema(cls):
+            return io.Schema(node_id="Presses", outputs=[io.Int.Output()])
+
+        @classmethod
+        def execute(cls):
+            os.kill(os.getpid(), signal.SIGINT)
+            return io.NodeOutput(1)
+
+    classes = CLASSES | {"Presses": Presses}
+    monkeypatch.setattr(cli, "load_node_classes", lambda: classes)
+    graph = {
+        "1": {"class_type": "Presses", "inputs": {}},
+        "2": {"class_type": "Show", "inputs": {"value": ["1", 0]}},
+    }
+    assert run(graph) == cli.EXIT_INTERRUPTED
+    captured = capsys.readouterr()
+    assert "[2]" not in captured.out
+    assert "what was finished is kept" in captured.err
 
 
 def test_list_shows_what_set_can_change(run, capsys):
