@@ -38,7 +38,8 @@ def make_parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="[NODE.]INPUT=VALUE",
-        help="change an input; NODE is an id, a title or a type, and may be left out where one node has the input",
+        help="change an input; NODE is an id, a title or a type, and may be left out where one node has the input "
+        "(nodes that feed only `negative` do not count)",
     )
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for pictures (default: out)")
     parser.add_argument(

@@ -380,7 +380,8 @@ def iter_settable(workflow: Workflow, classes: NodeClasses) -> Iterator[tuple[st
 def set_value(workflow: Workflow, target: str, text: str, classes: NodeClasses) -> None:
     """Set an input from the command line; `target` is `input`, or `node.input` with a node's id, title or type.
 
-    The page file inside `workflow` changes too, so that a saved picture carries what made it.
+    Without a node, nodes that feed nothing but inputs called `negative` are left out where another one has the input:
+    `prompt=...` means the prompt. The page file inside `workflow` changes too, so that a saved picture carries what made it.
 
     Raises:
         ErnieError: no such input, several of them, or a value of the wrong kind.
@@ -392,6 +393,8 @@ def set_value(workflow: Workflow, target: str, text: str, classes: NodeClasses) 
         for row in settable
         if row[1] == name and (not node_name or _is_named(workflow, row[0], node_name))
     ]
+    if not node_name:
+        found = [row for row in found if not _is_negative(workflow, row[0])] or found
     if len(found) > 1:
         raise ErnieError(
             f"--set {target}: one input expected, {len(found)} nodes have it; "
@@ -409,6 +412,17 @@ def set_value(workflow: Workflow, target: str, text: str, classes: NodeClasses) 
         logger.warning(
             "--set %s: the workflow inside saved pictures keeps its default for this input.", target
         )
+
+
+def _is_negative(workflow: Workflow, node_id: str) -> bool:
+    """Say whether all links from this node go to inputs called `negative`."""
+    readers = [
+        name
+        for node in workflow.prompt.values()
+        for name, value in node["inputs"].items()
+        if is_link(value) and value and str(value[0]) == node_id
+    ]
+    return bool(readers) and set(readers) == {"negative"}
 
 
 def _is_named(workflow: Workflow, node_id: str, name: str) -> bool:

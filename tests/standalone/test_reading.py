@@ -167,6 +167,18 @@ def test_an_ambiguous_set_names_the_candidates():
         set_value(parse_workflow(graph, CLASSES), "seed", "3", CLASSES)
 
 
+def test_a_bare_name_means_the_node_that_is_not_the_negative():
+    graph = {
+        "1": {"class_type": "Text", "inputs": {"text": "good"}},
+        "2": {"class_type": "Text", "inputs": {"text": ""}},
+        "3": {"class_type": "Sampler", "inputs": {"positive": ["1", 0], "negative": ["2", 0]}},
+    }
+    classes = CLASSES | {"Sampler": CLASSES["Show"]}
+    workflow = parse_workflow(graph, classes)
+    set_value(workflow, "text", "better", classes)
+    assert (workflow.prompt["1"]["inputs"]["text"], workflow.prompt["2"]["inputs"]["text"]) == ("better", "")
+
+
 @pytest.mark.parametrize(
     ("target", "text", "message"),
     [
