@@ -1,10 +1,11 @@
 """The prompt enhancer: a Ministral 3 language model that turns a short prompt into a long visual description.
 
-Source: `pe/` of baidu/ERNIE-Image (config.json, chat_template.jinja) and ErnieImagePipeline._enhance_prompt_with_pe
-(diffusers 0.42.1). Conventions that are easily got wrong: the prompt travels as JSON, so quotes and backslashes in it
-are escaped; there is exactly one BOS; all 26 layers and the final norm run, and logits use the embedding's weights.
-Logits pass through transformers' own processors in the order of its `generate`; the draw is ours, from a CPU generator,
-so that a seed means the same text on every device (up to rounding of the logits).
+Source: `pe/` of baidu/ERNIE-Image (config.json, chat_template.jinja) and
+ErnieImagePipeline._enhance_prompt_with_pe (diffusers 0.42.1). Conventions that are easily got wrong: the
+prompt travels as JSON, so quotes and backslashes in it are escaped; there is exactly one BOS; all 26 layers
+and the final norm run, and logits use the embedding's weights. Logits pass through transformers' own
+processors in the order of its `generate`; the draw is ours, from a CPU generator, so that a seed means the
+same text on every device (up to rounding of the logits).
 
 Shape letters: S tokens so far, D width, V vocabulary.
 """
@@ -62,7 +63,8 @@ def make_processors(
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """A function of (ids_1S, logits_1V) returning processed logits, in the order of transformers' `generate`.
 
-    Temperature 0 (greedy) keeps the repetition penalty and leaves out the rest, as `generate(do_sample=False)` does.
+    Temperature 0 (greedy) keeps the repetition penalty and leaves out the rest, as
+    `generate(do_sample=False)` does.
 
     Raises:
         ErnieError: a value is out of its range.
@@ -84,7 +86,7 @@ def make_processors(
         if not ok:
             raise ErnieError(f"{name} must be {expected}, got {value}.")
 
-    processors = hf.LogitsProcessorList()
+    processors: Any = hf.LogitsProcessorList()
     if repetition_penalty != 1:
         processors.append(hf.RepetitionPenaltyLogitsProcessor(float(repetition_penalty)))
     if temperature > 0:
@@ -100,7 +102,7 @@ def make_processors(
 
 
 def draw_token(scores_1V: Tensor, generator: torch.Generator) -> int:
-    """One token id from softmax(scores): the inverse of the cumulative sum at one uniform number of `generator`.
+    """One token id from softmax(scores): the cumulative sum inverted at one uniform number of `generator`.
 
     On the CPU in fp64, so that rounding on other devices hardly ever changes the token.
     """
@@ -110,7 +112,7 @@ def draw_token(scores_1V: Tensor, generator: torch.Generator) -> int:
 
 
 class Enhancer(Decoder):
-    """The whole language model, and its tokenizer. Keys: `embed_tokens.weight`, `layers.N...`, `norm.weight`."""
+    """The whole language model and its tokenizer. Beside TextEncoder's keys there is `norm.weight`."""
 
     def __init__(
         self,
@@ -121,7 +123,7 @@ class Enhancer(Decoder):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ):
-        """`config` is `pe/config.json`; `ops`, `dtype`, `device` as in TextEncoder. The output layer is the embedding."""
+        """`config`: of `pe/config.json`; `ops`, `dtype`, `device`: as in TextEncoder. The output is tied."""
         num_layers = int(config.get("num_hidden_layers") or 0)
         super().__init__(config, num_layers=num_layers, ops=ops, dtype=dtype, device=device, final_norm=True)
         self.tokenizer = tokenizer
@@ -189,8 +191,8 @@ class Enhancer(Decoder):
         ids = self.tokenizer.encode(render_prompt(prompt, width, height, system=system), max_tokens=None)
         if len(ids) >= self.max_context:
             raise ErnieError(
-                f"the prompt with its instructions has {len(ids)} tokens, the enhancer holds {self.max_context} with "
-                f"its answer; shorten the prompt by at least {len(ids) - self.max_context + 1} tokens."
+                f"the prompt with its instructions has {len(ids)} tokens, the enhancer holds {self.max_context} "
+                f"with its answer; leave out at least {len(ids) - self.max_context + 1} tokens."
             )
         limit = min(max_new_tokens, self.max_context - len(ids))
         generator = torch.Generator("cpu").manual_seed(seed)

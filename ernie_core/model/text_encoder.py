@@ -1,11 +1,13 @@
 """The text encoder: tokenizer, and the first 25 of 26 layers of a Mistral language model.
 
-Source: `text_encoder/config.json` and `tokenizer/` of baidu/ERNIE-Image; ErnieImagePipeline.encode_prompt (diffusers
-0.42.1), which takes hidden_states[-2]; transformers' MistralModel, whose decoder layers run here unchanged.
-Conventions that are easily got wrong: one BOS in front, no EOS; "" is one token, [BOS]; the last layer and the final
-norm do not exist here; rope is YaRN (factor 16), which stretches frequencies even below 16384 positions; right padding
-is harmless because attention is causal; q is wider than the hidden size (32 heads of 128 against 3072).
-The first token's activations reach about 600, and fp16 overflows further on: bf16 or fp32 only.
+Source: `text_encoder/config.json` and `tokenizer/` of baidu/ERNIE-Image; ErnieImagePipeline.encode_prompt
+(diffusers 0.42.1), which takes hidden_states[-2]; transformers' MistralModel, whose decoder layers run here
+unchanged.
+Conventions that are easily got wrong: one BOS in front, no EOS; "" is one token, [BOS]; the last layer and
+the final norm do not exist here; rope is YaRN (factor 16), which stretches frequencies even below 16384
+positions; right padding is harmless because attention is causal; q is wider than the hidden size (32 heads of
+128 against 3072). The first token's activations reach about 600, and fp16 overflows further on: bf16 or fp32
+only.
 
 Shape letters: B batch, T text tokens, D width, K head dim.
 """
@@ -74,7 +76,7 @@ def _byte_alphabet() -> dict[int, str]:
 
 
 class Tokenizer:
-    """Text to token ids and back; wraps a byte-level BPE `tokenizers.Tokenizer` whose specials include <s> and </s>."""
+    """Text to token ids and back; wraps a byte-level BPE `tokenizers.Tokenizer` that knows <s> and </s>."""
 
     def __init__(self, tokenizer: Any):
         self._tokenizer = tokenizer
@@ -106,10 +108,11 @@ class Tokenizer:
 
     @classmethod
     def from_tekken(cls, data: bytes) -> Tokenizer:
-        """Convert the bytes of a tekken.json (takes seconds at 131072 entries; keep `to_json()` if it is needed again).
+        """Convert the bytes of a tekken.json (1.5 s and more at 131072 entries; keep the result).
 
-        A token's id is its rank plus the number of specials. The file has no merge list; every way to cut a token into
-        two known tokens is a merge, in the order of the token's rank, which is how transformers converts it too.
+        A token's id is its rank plus the number of specials. The file has no merge list; every way to cut a
+        token into two known tokens is a merge, in the order of the token's rank, which is how transformers
+        converts it too.
         """
         import tokenizers
         from tokenizers import decoders, models, pre_tokenizers, processors
@@ -167,11 +170,11 @@ class Tokenizer:
         return self._tokenizer.get_vocab_size(with_added_tokens=True)
 
     def encode(self, text: str, *, max_tokens: int | None = MAX_TEXT_TOKENS, bos: bool = True) -> list[int]:
-        """Token ids of `text`, with exactly one BOS in front whatever the tokenizer's own post-processor would add.
+        """Token ids of `text`, with exactly one BOS in front whatever the post-processor would add.
 
-        Names of special tokens in the text ("[INST]") become those tokens, as in the official pipeline. A text that
-        begins with "<s>" already has its BOS. Ids beyond `max_tokens` (BOS included; None = no limit) are cut off
-        with a warning. `bos=False` adds none.
+        Names of special tokens in the text ("[INST]") become those tokens, as in the official pipeline. A
+        text that begins with "<s>" already has its BOS. Ids beyond `max_tokens` (BOS included; None = no
+        limit) are cut off with a warning. `bos=False` adds none.
         """
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         if bos and ids[:1] != [self.bos_id]:
@@ -187,7 +190,7 @@ class Tokenizer:
 
 
 class TextStream:
-    """Text of a growing list of ids, one id at a time; a character cut across tokens appears when it is whole."""
+    """Text of a growing list of ids; a character cut across tokens appears when it is whole."""
 
     _MAX_PENDING = 4  # a UTF-8 character has at most four bytes, and a token at least one
 
@@ -207,7 +210,7 @@ class TextStream:
 
 
 def _language_model(config: Mapping[str, Any], num_layers: int, rope: Rope) -> Any:
-    """A transformers model of `config` with `num_layers` layers on the meta device, its rope frequencies on the CPU."""
+    """A transformers model of `config` with `num_layers` layers, on the meta device but for its rope."""
     try:
         import transformers
     except ImportError as e:
@@ -234,8 +237,8 @@ def _language_model(config: Mapping[str, Any], num_layers: int, rope: Rope) -> A
     if rope == "plain":
         theta = parameters.get("rope_theta") or config.get("rope_theta") or 1e6
         parameters = {"rope_type": "default", "rope_theta": theta}
-    # Ministral 3 is Mistral plus a query scale of 1 + beta * log(1 + position // 16384): 1 for any prompt of ours, but
-    # the enhancer's context is longer. The released text encoder is declared "mistral", which has no such scale.
+    # Ministral 3 is Mistral plus a query scale of 1 + beta * log(1 + position // 16384): 1 for any prompt of
+    # ours, but the enhancer's context is longer. The released text encoder is "mistral": no such scale.
     scaled = config.get("model_type") == "ministral3" and parameters.get("llama_4_scaling_beta") is not None
     if not scaled:  # keys that only Ministral 3 knows
         parameters = {
@@ -245,10 +248,8 @@ def _language_model(config: Mapping[str, Any], num_layers: int, rope: Rope) -> A
         }
     if parameters:
         values["rope_parameters"] = parameters
-    if scaled:
-        model_config, model_class = transformers.Ministral3Config(**values), transformers.Ministral3Model
-    else:
-        model_config, model_class = transformers.MistralConfig(**values), transformers.MistralModel
+    model_config: Any = (transformers.Ministral3Config if scaled else transformers.MistralConfig)(**values)
+    model_class: Any = transformers.Ministral3Model if scaled else transformers.MistralModel
     with torch.device("meta"):
         model = model_class(model_config)
     with torch.device("cpu"):
@@ -282,12 +283,12 @@ class Decoder(nn.Module):
     """Embedding and causal decoder layers of a Mistral-family language model.
 
     The modules are transformers' own, hoisted out of its model class, so that state_dict() has the bare names
-    `embed_tokens.weight`, `layers.N...` and, where it is asked for, `norm.weight`. Rope frequencies are a plain attribute, not a buffer: they stay fp32
-    whatever `.to(dtype)` does, and follow the input's device.
+    `embed_tokens.weight`, `layers.N...` and, where it is asked for, `norm.weight`. Rope frequencies are a
+    plain attribute, not a buffer: they stay fp32 whatever `.to(dtype)` does, and follow the input's device.
     """
 
     compute_dtype: torch.dtype | None = None
-    """Dtype of activations when `ops` casts weights; None = the embedding's own (bfloat16 for 8-bit storage)."""
+    """Dtype of activations where `ops` casts weights; None = the embedding's (bfloat16 for 8-bit storage)."""
 
     def __init__(
         self,
@@ -304,7 +305,7 @@ class Decoder(nn.Module):
         refuse_fp16(dtype)
         model = _language_model(config, num_layers, rope)
         _replace_weights(model, ops or nn, {"dtype": dtype, "device": device})
-        self.embed_tokens: nn.Module = model.embed_tokens
+        self.embed_tokens: nn.Embedding = model.embed_tokens
         self.layers: nn.ModuleList = model.layers
         if final_norm:
             self.norm: nn.Module = model.norm
@@ -325,8 +326,8 @@ class Decoder(nn.Module):
     def run_layers(self, ids_BT: Tensor, cache: Any = None) -> Tensor:
         """Hidden states [B, T, D] after the last layer held here.
 
-        `cache`: a transformers cache that holds the prefix of these ids, and is extended by them; one new token at a
-        time once it is not empty. Runs on the device of `ids_BT`.
+        `cache`: a transformers cache that holds the prefix of these ids, and is extended by them; one new
+        token at a time once it is not empty. Runs on the device of `ids_BT`.
         """
         start = 0 if cache is None else cache.get_seq_length()
         length = ids_BT.shape[1]
@@ -352,7 +353,7 @@ class Decoder(nn.Module):
 
 
 class TextEncoder(Decoder):
-    """Prompt tokens to the hidden states that condition the DiT: all layers of the language model but the last."""
+    """Prompt tokens to the hidden states that condition the DiT: all layers but the last, no final norm."""
 
     def __init__(
         self,
@@ -377,7 +378,7 @@ class TextEncoder(Decoder):
         super().__init__(config, num_layers=num_layers - 1, ops=ops, dtype=dtype, device=device, rope=rope)
 
     def encode_padded(self, ids_BT: Tensor) -> Tensor:
-        """Hidden states [B, T, D] of right-padded ids, with gradients. Rows beyond a prompt's own length mean nothing."""
+        """Hidden states [B, T, D] of right-padded ids, with gradients; rows past a prompt's end are noise."""
         return self.run_layers(ids_BT)
 
     @torch.no_grad()
@@ -386,7 +387,8 @@ class TextEncoder(Decoder):
     ) -> list[Tensor]:
         """Hidden states [T_i, D] per prompt at its true length, all prompts in one call.
 
-        `device` None = where the embedding lies. Raises ErnieError on an empty prompt or an id outside the vocabulary.
+        `device` None = where the embedding lies. Raises ErnieError on an empty prompt or an id outside the
+        vocabulary.
         """
         if not batch:
             return []

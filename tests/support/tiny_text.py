@@ -1,7 +1,12 @@
-"""A 259-entry tekken file, and language-model configs in miniature: wide q, grouped k/v, the released rope settings."""
+"""A 259-entry tekken file, and language-model configs in miniature with the released rope settings."""
 
 import base64
+import functools
 import json
+from pathlib import Path
+
+import pytest
+import torch
 
 ROPE = {
     "rope_type": "yarn",
@@ -54,7 +59,7 @@ def text_config(model_type="mistral"):
 
 
 def tekken_bytes():
-    """All bytes, then "th", "the", " the"; 32 specials that the file does not list; split at spaces, as tekken does."""
+    """All bytes, then "th", "the", " the"; 32 specials that the file does not list; split at spaces."""
     tokens = [bytes([i]) for i in range(256)] + [b"th", b"the", b" the"]
     file = {
         "config": {
@@ -67,3 +72,28 @@ def tekken_bytes():
         "vocab": [{"rank": i, "token_bytes": base64.b64encode(t).decode()} for i, t in enumerate(tokens)],
     }
     return json.dumps(file).encode()
+
+
+def randomise(model, *, seed):
+    """Give every parameter values large enough for attention to pick and for text not to repeat itself."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            gain = parameter.ndim == 1
+            parameter.normal_(mean=float(gain), std=0.2, generator=generator)
+    return model.eval()
+
+
+def released_tekken():
+    """Path of the released model's vocabulary, or skip the test: it comes with the package mistral-common."""
+    package = pytest.importorskip(
+        "mistral_common", reason="the released vocabulary comes with mistral-common"
+    )
+    return Path(package.__file__).parent / "data" / "tekken_240911.json"
+
+
+@functools.cache
+def released_tokenizer():
+    from ernie_pack.ernie_core.model.text_encoder import Tokenizer
+
+    return Tokenizer.from_tekken(released_tekken().read_bytes())
