@@ -129,7 +129,7 @@ def models_folder() -> Path:
 
 def output_folder() -> Path:
     session.output.mkdir(parents=True, exist_ok=True)
-    return session.output
+    return session.output.resolve()  # paths of saved files are absolute
 
 
 def input_folder() -> Path:

@@ -164,6 +164,12 @@ def test_pictures_carry_prompt_and_workflow_and_can_be_run_again(run, tmp_path):
     assert again.prompt["1"]["inputs"] == {"level": 0.25, "count": 2}
 
 
+def test_a_relative_output_folder_works(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run(picture_page(), "--out", "here") == 0
+    assert (tmp_path / "here" / "ernie_00001_.png").is_file()
+
+
 def test_pictures_are_never_overwritten(run, tmp_path):
     run(picture_page())
     run(picture_page())
