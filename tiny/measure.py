@@ -2,8 +2,8 @@
 
 Used to say in numbers how well the tiny model follows its prompts. The steps, each robust to noise and blur:
 
-1. The background is a straight line in y per colour channel, fitted to the picture's border (so it covers
-   plain backgrounds and vertical gradients).
+1. The background is a straight line in y per colour channel, fitted to the left and right border (so
+   it covers plain backgrounds and vertical gradients).
 2. Pixels far from it in RGB, after a slight blur, form the mask; its largest 4-connected component is the
    object. A second pass puts the mask's edge half way between the object's colour and the background.
 3. Colour is the palette entry nearest to the median inside; place is the grid place nearest to the centre of
@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
+from itertools import product
 from typing import TypeVar
 
 import numpy as np
@@ -30,6 +31,8 @@ MIN_DISTANCE = 40.0
 """RGB distance (0..441) from the background at which a pixel belongs to an object (drawn: 90 or more)."""
 AREA_RANGE = (0.012, 0.35)
 """Share of the picture that an object may cover; drawn ones cover 0.02 to 0.18."""
+MIN_OVERLAP = 0.5
+"""Below this no reference shape is meant: pure noise reached 0.41, blurred objects kept 0.64."""
 _GRID = 32
 
 Name = TypeVar("Name")
@@ -57,14 +60,14 @@ class Measured:
 def measure(image: np.ndarray) -> Measured:
     """Measure a picture [H, W, 3], uint8 or float in 0..1.
 
-    A picture without one clear object (nothing stands out from the border, or nearly everything does) gives a
-    `Measured` whose `found` is False; its background is named all the same.
+    A picture without one clear object (nothing stands out from the border, nearly everything does, or what
+    does resembles no shape) gives a `Measured` whose `found` is False; its background is named all the same.
     """
     picture = _to_uint8(image)
     height, width = picture.shape[:2]
     smooth = np.asarray(Image.fromarray(picture).filter(ImageFilter.BoxBlur(0.5)), dtype=np.float32)
     top, bottom = _border_line(smooth)
-    backdrop, style = _nearest_backdrop(top, bottom)
+    backdrop, style = _nearest(np.concatenate([top, bottom]), _backdrops())
     behind = (top + (bottom - top) * np.linspace(0, 1, height, dtype=np.float32)[:, None])[:, None]
     difference = smooth - behind
 
@@ -86,6 +89,8 @@ def measure(image: np.ndarray) -> Measured:
     diameter = max(y1 - y0, x1 - x0) / min(height, width)
     overlaps = _shape_overlaps(component[y0:y1, x0:x1])
     shape = max(overlaps, key=lambda name: overlaps[name])
+    if overlaps[shape] < MIN_OVERLAP:
+        return Measured(background=backdrop, style=style)
     return Measured(
         shape=shape,
         color=_nearest(_inner_median(smooth, component), COLORS),
@@ -126,8 +131,6 @@ def _border_line(picture: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     margin = max(2, round(0.03 * min(height, width)))
     sides = np.concatenate([picture[:, :margin], picture[:, -margin:]], axis=1)
     per_row = np.median(sides, axis=1)
-    per_row[:margin] = np.median(picture[:margin], axis=1)
-    per_row[-margin:] = np.median(picture[-margin:], axis=1)
     depth = np.linspace(0, 1, height)
     design = np.stack([1 - depth, depth], axis=1)
     keep = np.ones(height, dtype=bool)
@@ -139,13 +142,13 @@ def _border_line(picture: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return ends[0], ends[1]
 
 
-def _nearest_backdrop(top: np.ndarray, bottom: np.ndarray) -> tuple[str, str]:
-    ends = {
-        (background, style): np.concatenate(background_ends(background, style))
-        for background in BACKGROUNDS
-        for style in STYLES
+@cache
+def _backdrops() -> dict[tuple[str, str], np.ndarray]:
+    """Top and bottom colour, as one vector [6], of every (background, style)."""
+    names = product(BACKGROUNDS, STYLES)
+    return {
+        (background, style): np.concatenate(background_ends(background, style)) for background, style in names
     }
-    return _nearest(np.concatenate([top, bottom]), ends)
 
 
 def _nearest(point: np.ndarray, table: Mapping[Name, ArrayLike]) -> Name:
@@ -184,7 +187,7 @@ def _largest_component(mask: np.ndarray) -> np.ndarray:
 
     first_run = np.searchsorted(rows, np.arange(mask.shape[0] + 1)).tolist()
     starts_list, ends_list = starts.tolist(), ends.tolist()
-    for row in range(1, mask.shape[0]):
+    for row in range(int(rows[0]) + 1, int(rows[-1]) + 1):
         above, below = first_run[row - 1], first_run[row]
         stop_above, stop_below = first_run[row], first_run[row + 1]
         while above < stop_above and below < stop_below:
