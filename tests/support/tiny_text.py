@@ -5,7 +5,6 @@ import functools
 import json
 from pathlib import Path
 
-import pytest
 import torch
 
 ROPE = {
@@ -86,6 +85,8 @@ def randomise(model, *, seed):
 
 def released_tekken():
     """Path of the released model's vocabulary, or skip the test: it comes with the package mistral-common."""
+    import pytest
+
     package = pytest.importorskip(
         "mistral_common", reason="the released vocabulary comes with mistral-common"
     )
