@@ -191,8 +191,8 @@ class Enhancer(Decoder):
         ids = self.tokenizer.encode(render_prompt(prompt, width, height, system=system), max_tokens=None)
         if len(ids) >= self.max_context:
             raise ErnieError(
-                f"the prompt with its instructions has {len(ids)} tokens, the enhancer holds {self.max_context} "
-                f"with its answer; leave out at least {len(ids) - self.max_context + 1} tokens."
+                f"the prompt with its instructions has {len(ids)} tokens; the enhancer holds "
+                f"{self.max_context} with its answer; leave out at least {len(ids) - self.max_context + 1} tokens."
             )
         limit = min(max_new_tokens, self.max_context - len(ids))
         generator = torch.Generator("cpu").manual_seed(seed)

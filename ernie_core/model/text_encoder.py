@@ -215,7 +215,7 @@ def _language_model(config: Mapping[str, Any], num_layers: int, rope: Rope) -> A
         import transformers
     except ImportError as e:
         raise ErnieError(
-            "the text encoder needs the package transformers >= 5.0; pip install -U transformers"
+            f"the text encoder needs the package transformers >= 5.0; pip install -U transformers ({e})"
         ) from e
     if int(transformers.__version__.split(".")[0]) < 5:
         raise ErnieError(

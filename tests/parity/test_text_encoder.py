@@ -136,8 +136,8 @@ def test_released_shapes(released):
         ("a", 2, [1, 1097]),
         ("", 1, [1]),
         (
-            "A stone lighthouse on a rocky shore at dawn, waves breaking below it and a small fishing boat far "
-            "out on the water",
+            "A stone lighthouse on a rocky shore at dawn, waves breaking below it and a small fishing boat "
+            "far out on the water",
             26,
             [1, 1065, 15551, 1295, 118910, 1408, 1261],
         ),
