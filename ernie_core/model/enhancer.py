@@ -192,7 +192,7 @@ class Enhancer(Decoder):
         if len(ids) >= self.max_context:
             raise ErnieError(
                 f"the prompt with its instructions has {len(ids)} tokens; the enhancer holds "
-                f"{self.max_context} with its answer; leave out at least {len(ids) - self.max_context + 1} tokens."
+                f"{self.max_context} with its answer; leave out {len(ids) - self.max_context + 1} or more."
             )
         limit = min(max_new_tokens, self.max_context - len(ids))
         generator = torch.Generator("cpu").manual_seed(seed)
