@@ -236,6 +236,18 @@ def run_folder(output: Path, name: str) -> Path:
     return folder
 
 
+def fingerprint(source: str, name: str, *, inputs: Path, output: Path) -> list[tuple[str, int, int]]:
+    """(path, size, time) of the prompt files and of everything in the run's folder: equal means nothing to do."""
+    try:
+        path = _as_path(source, inputs)
+    except ErnieError:
+        path = None  # the run itself reports it
+    read = [] if path is None else [path] if path.is_file() else sorted(path.iterdir())
+    folder = output / name.strip()
+    made = sorted(folder.iterdir()) if folder.is_dir() else []
+    return [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in (*read, *made) if p.is_file()]
+
+
 def read_manifest(folder: Path) -> dict[str, str]:
     """Row hash -> file name of every finished picture that is still there; a half-written last line is left out."""
     path = folder / MANIFEST

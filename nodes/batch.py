@@ -83,6 +83,13 @@ class ErnieBatchFromPrompts(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, source: str, name: str, **others) -> list:
+        """Changes with the prompt files and with what lies in the folder, so that a deleted picture is made again."""
+        from ..ernie_core.batch import fingerprint
+
+        return fingerprint(source, name, inputs=host.input_folder(), output=host.output_folder())
+
+    @classmethod
     def execute(
         cls, model, clip, vae, source, name, negative, width, height, preset, steps, cfg, shift, seed, collect
     ) -> io.NodeOutput:

@@ -165,13 +165,11 @@ def _patcher_class(disable_dynamic: bool = False):
 
 def _load_model(component, weight_dtype: str, disable_dynamic: bool):
     import comfy.model_management as mm
-    import comfy.ops
     import comfy.utils
 
     config_class, model_class = _model_classes()
-    state_dict = component.state_dict
-    dit = DiTConfig.from_dict(component.config) if component.config else DiTConfig.from_state_dict(state_dict)
-    config = config_class({"image_model": "ernie", **dit.to_dict()})
+    state_dict = _host_state_dict(component, keep_quantised=weight_dtype == "default")
+    config = config_class({"image_model": "ernie", **component.config})
     config.quant_config = comfy.utils.detect_layer_quantization(state_dict, "")
     device, supported = mm.get_torch_device(), config.supported_inference_dtypes
     if weight_dtype != "default":
@@ -188,6 +186,18 @@ def _load_model(component, weight_dtype: str, disable_dynamic: bool):
     load_strictly(model.diffusion_model, state_dict, assign=patcher.is_dynamic(), what=str(component.source))
     patcher.cached_patcher_init = (reload_model, (component.source, weight_dtype))
     return patcher
+
+
+def _host_state_dict(component, *, keep_quantised: bool) -> dict[str, Tensor]:
+    """Weights as the host's layers read them: quantised ones with their scales if the host knows how, else multiplied out."""
+    from comfy.quant_ops import QUANT_ALGOS
+
+    from ..ernie_core.weights.quantise import dequantise, to_comfy_layout
+
+    layers = component.quantisation or {}
+    if keep_quantised and all(how.format in QUANT_ALGOS for how in layers.values()):
+        return to_comfy_layout(component.state_dict, layers)
+    return dequantise(component.state_dict, layers, torch.bfloat16)
 
 
 def load_strictly(module: torch.nn.Module, state_dict: dict[str, Tensor], *, assign: bool, what: str) -> None:
@@ -403,7 +413,7 @@ def _load_clip(component, rope: str, disable_dynamic: bool = False):
 
     from ..ernie_core.weights.checkpoint import build_text_encoder
 
-    dtype = comfy.utils.weight_dtype(component.state_dict) or torch.bfloat16
+    dtype = _storage_dtype(component)
     tokenizer = None
 
     def build(device, dtype, model_options):
@@ -420,6 +430,14 @@ def _load_clip(component, rope: str, disable_dynamic: bool = False):
     clip = comfy.sd.CLIP(target, parameters=parameters, model_options=options, **extra)
     clip.patcher.cached_patcher_init = (reload_clip, (component.source, rope))
     return clip
+
+
+def _storage_dtype(component) -> torch.dtype:
+    """As in the file, but not fp16, whose range the activations of these language models exceed."""
+    from ..ernie_core.weights.checkpoint import stored_dtype
+
+    dtype = stored_dtype(component)
+    return torch.bfloat16 if dtype is torch.float16 else dtype
 
 
 def encode_prompt(clip, text: str):
@@ -533,11 +551,10 @@ def make_enhancer(component) -> PromptEnhancer:
     """An ERNIE_ENHANCER; its weights come and go as the host's other models do."""
     import comfy.model_management as mm
     import comfy.ops
-    import comfy.utils
 
     from ..ernie_core.weights.checkpoint import build_enhancer
 
-    dtype = comfy.utils.weight_dtype(component.state_dict) or torch.bfloat16
+    dtype = _storage_dtype(component)
     offload = mm.text_encoder_offload_device()
     enhancer = build_enhancer(component, ops=comfy.ops.manual_cast, dtype=dtype, device=offload)
     enhancer.eval().requires_grad_(False)

@@ -10,6 +10,7 @@ from ernie_pack.ernie_core.batch import (
     MAX_SEED,
     Row,
     append_manifest,
+    fingerprint,
     read_image,
     read_manifest,
     read_rows,
@@ -212,3 +213,23 @@ def test_the_report_counts_and_names(tmp_path: Path):
     report = Studio().run(rows, tmp_path).report(problems)
     assert report.startswith("1 made, 0 already there, 1 not usable")
     assert "row 2: is not JSON" in report
+
+
+def test_the_fingerprint_changes_with_prompt_files_and_with_deleted_pictures(tmp_path: Path):
+    source, output = tmp_path / "list.txt", tmp_path / "output"
+    source.write_text("one")
+
+    def look():
+        return fingerprint("list.txt", "run", inputs=tmp_path, output=output)
+
+    empty = look()
+    rows, _ = read_rows("list.txt", DEFAULTS, folder=tmp_path)
+    files = Studio().run(rows, run_folder(output, "run")).files
+    made = look()
+    assert made != empty
+    assert made == look()
+    files[0].unlink()
+    deleted = look()
+    assert deleted != made
+    source.write_text("one\ntwo")
+    assert look() != deleted

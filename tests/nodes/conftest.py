@@ -1,0 +1,46 @@
+"""The nodes without ComfyUI: the standalone vocabulary, and a host that records."""
+
+import asyncio
+import importlib
+from types import SimpleNamespace
+
+import pytest
+from ernie_pack.standalone import load_pack
+
+load_pack()
+
+from recording_host import RecordingHost  # noqa: E402
+
+NODE_FILES = ("loading", "text", "sampling", "batch")
+
+
+@pytest.fixture(scope="session")
+def node_classes() -> dict[str, type]:
+    extension = importlib.import_module("ernie_pack.nodes").ErnieExtension()
+    return {cls.GET_SCHEMA().node_id: cls for cls in asyncio.run(extension.get_node_list())}
+
+
+@pytest.fixture
+def recording(monkeypatch, tmp_path) -> RecordingHost:
+    host = RecordingHost(tmp_path)
+    (tmp_path / "output").mkdir()
+    for name in NODE_FILES:
+        monkeypatch.setattr(importlib.import_module(f"ernie_pack.nodes.{name}"), "host", host)
+    checkpoint = importlib.import_module("ernie_pack.ernie_core.weights.checkpoint")
+    monkeypatch.setattr(
+        checkpoint, "read_component", lambda path, kind: f"{kind} of {path.relative_to(tmp_path).as_posix()}"
+    )
+    importlib.import_module("ernie_pack.nodes.text")._enhanced.clear()
+    return host
+
+
+@pytest.fixture
+def run(node_classes, recording):
+    """run(node_id, **inputs) -> outputs, as the host would call it: through a class clone with hidden inputs."""
+
+    def call(node_id: str, **inputs):
+        clone = node_classes[node_id].PREPARE_CLASS_CLONE({"hidden_inputs": {}})
+        output = clone.EXECUTE_NORMALIZED(**inputs)
+        return SimpleNamespace(result=output.result, ui=output.ui)
+
+    return call

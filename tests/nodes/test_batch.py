@@ -1,0 +1,82 @@
+"""Batch from Prompts: rows reach the sampler with their own settings, and a second run makes nothing."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+from ernie_pack.ernie_core.errors import ErnieError
+
+WIDGETS = {
+    **{"source": "one\ntwo", "name": "run", "negative": "bad", "width": 32, "height": 48, "preset": "custom"},
+    **{"steps": 2, "cfg": 3.0, "shift": 4.0, "seed": 10, "collect": True},
+}
+SOCKETS = {"model": "MODEL", "clip": "CLIP", "vae": "VAE"}
+
+
+def batch(run, **changes):
+    return run("ErnieBatchFromPrompts", **(SOCKETS | WIDGETS | changes))
+
+
+def samples(recording) -> list:
+    return [call[1:] for call in recording.calls if call[0] == "sample"]
+
+
+def test_each_row_is_sampled_with_its_own_seed(run, recording):
+    images, report = batch(run).result
+    assert [(call[1], call[6]) for call in samples(recording)] == [([["one", {}]], 10), ([["two", {}]], 11)]
+    assert len(images) == 2
+    assert images[0].shape == (1, 3, 2, 3)
+    assert report.startswith("2 made, 0 already there, 0 not usable")
+
+
+def test_a_second_run_makes_nothing_and_gives_the_same_pictures(run, recording):
+    first = batch(run).result
+    recording.calls.clear()
+    second = batch(run).result
+    assert not samples(recording)
+    assert all((a == b).all() for a, b in zip(first[0], second[0], strict=True))
+    assert second[1].startswith("0 made, 2 already there")
+
+
+def test_columns_override_the_widgets(run, recording, tmp_path):
+    (tmp_path / "input").mkdir()
+    (tmp_path / "input" / "list.csv").write_text("prompt,seed,width,steps,cfg\nred,99,64,5,1\n")
+    batch(run, source="list.csv")
+    ((model, positive, negative, shape, sigmas, cfg, seed),) = samples(recording)
+    assert (positive, negative, list(shape), len(sigmas), cfg, seed) == ([["red", {}]], None, [1, 1, 3, 4], 6, 1.0, 99)
+
+
+def test_an_unreadable_row_is_reported_and_the_others_are_made(run, recording, tmp_path):
+    (tmp_path / "input").mkdir()
+    (tmp_path / "input" / "list.jsonl").write_text('{"prompt": "red"}\n{broken\n{"prompt": "blue"}')
+    images, report = batch(run, source="list.jsonl").result
+    assert len(images) == 2
+    assert "row 2: is not JSON" in report
+
+
+def test_pictures_carry_their_settings(run, recording):
+    batch(run)
+    entries = next(call[2] for call in recording.calls if call[0] == "save_png")
+    assert entries["ernie_prompt"] == "one"
+    assert entries["ernie_seed"] == "10"
+    json.dumps(entries)
+
+
+def test_collect_off_returns_no_pictures(run, recording):
+    images, _ = batch(run, collect=False).result
+    assert images == []
+
+
+def test_an_empty_list_is_an_error_before_anything_runs(run, recording):
+    with pytest.raises(ErnieError, match="no usable row"):
+        batch(run, source="# nothing")
+    assert not recording.calls
+
+
+def test_progress_names_the_row_and_can_stop(run, recording, monkeypatch):
+    from ernie_pack.nodes.batch import announce
+
+    shown = []
+    monkeypatch.setattr(type(recording), "show_text", lambda self, node, text: shown.append((node, text)))
+    announce("7", 2, 9, SimpleNamespace(label="row 4", prompt="a cat"))
+    assert shown == [("7", "2 of 9 (row 4): a cat")]

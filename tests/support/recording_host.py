@@ -1,0 +1,99 @@
+"""A stand-in for `nodes.host` that writes down what reaches it: same names, no models, tiny tensors."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from PIL import Image
+
+
+class RecordingHost:
+    """Every call is appended to `calls` as (name, values); tensors are written down as lists."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.calls: list[tuple] = []
+
+    def _note(self, name, *values):
+        self.calls.append((name, *(_plain(v) for v in values)))
+
+    def list_models(self, kind):
+        return {"vae": ["v1.safetensors", "v2.safetensors"]}.get(kind, ["a.safetensors", "b.safetensors", "official/"])
+
+    def model_path(self, kind, name):
+        self._note("model_path", kind, name)
+        return self.folder / kind / name
+
+    def models_folder(self):
+        return self.folder / "models"
+
+    def output_folder(self):
+        return self.folder / "output"
+
+    def input_folder(self):
+        return self.folder / "input"
+
+    def make_model(self, component, *, weight_dtype):
+        self._note("make_model", component, weight_dtype)
+        return "MODEL"
+
+    def make_clip(self, component, *, rope):
+        self._note("make_clip", component, rope)
+        return "CLIP"
+
+    def make_vae(self, component, *, weight_dtype):
+        self._note("make_vae", component, weight_dtype)
+        return "VAE"
+
+    def make_enhancer(self, component):
+        self._note("make_enhancer", component)
+        return RecordingEnhancer(self)
+
+    def encode_prompt(self, clip, text):
+        self._note("encode_prompt", clip, text)
+        return [[text, {}]]
+
+    def set_shift(self, model, shift):
+        self._note("set_shift", model, shift)
+        return model
+
+    def sample(self, model, *, positive, negative, latent, sigmas, cfg, seed):
+        self._note("sample", model, positive, negative, latent["samples"].shape, sigmas, cfg, seed)
+        return latent
+
+    def empty_latent(self, width, height, batch_size):
+        self._note("empty_latent", width, height, batch_size)
+        return {"samples": torch.zeros(batch_size, 1, height // 16, width // 16)}
+
+    def decode(self, vae, latent):
+        rows, columns = latent["samples"].shape[2:]
+        return torch.zeros(1, rows, columns, 3)
+
+    def save_png(self, image_HWC, path, *, prompt, extra_pnginfo, entries):
+        self._note("save_png", path.parent.name, entries)
+        Image.fromarray((image_HWC * 255).byte().numpy()).save(path)
+
+    def progress(self, total):
+        return SimpleNamespace(update_absolute=lambda value, total=None: None)
+
+    def throw_if_interrupted(self):
+        pass
+
+    def show_text(self, node_id, text):
+        pass
+
+
+class RecordingEnhancer:
+    source = "enhancer.safetensors"
+
+    def __init__(self, host: RecordingHost):
+        self.host = host
+
+    def enhance(self, prompt, width, height, *, on_token, **settings):
+        self.host._note("enhance", prompt, width, height, sorted(settings.items()))
+        on_token("a detailed")
+        return f"a detailed {prompt}"
+
+
+def _plain(value):
+    return value.tolist() if isinstance(value, torch.Tensor) else value
