@@ -1,0 +1,124 @@
+"""Trains the VAE of ernie-image-tiny: the first stage, since nothing that it loses can be learnt later.
+
+Trained on 64 px crops of 128 px scenes (the network is convolutional), then a short while on whole pictures. There is
+no KL term: a KL strong enough to matter silences most of the 128 channels, and normalisation would then blow their
+residue up to unit variance for the DiT to model. Instead noise of a fixed size is added to the mean, which makes
+the decoder forgive small errors, and a small penalty on the mean's square keeps that noise meaningful.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..ernie_core.config import VAEConfig
+from ..ernie_core.model.vae import VAE, Downsample, ResnetBlock, SpatialAttention, Upsample
+from ..ernie_core.sampling.latents import patchify
+from . import scenes
+
+logger = logging.getLogger(__name__)
+
+CONFIG = VAEConfig(block_out_channels=(24, 32, 64, 64), layers_per_block=1, norm_num_groups=8)
+LATENT_NOISE = 0.2
+MEAN_PENALTY = 3e-4
+PICTURE_PX = 128
+
+
+def picture_batch(rng: np.random.Generator, pool: list[scenes.Scene], count: int, crop_px: int) -> Tensor:
+    """Pictures [count, 3, crop_px, crop_px] in [-1, 1], cropped at random; three of four crops touch the object."""
+    crops = []
+    for _ in range(count):
+        scene = pool[rng.integers(len(pool))]
+        picture = scenes.draw(scene, rng, PICTURE_PX)
+        room = PICTURE_PX - crop_px
+        corner = rng.integers(0, room + 1, size=2) if room else np.zeros(2, dtype=int)
+        if room and rng.random() < 0.75:
+            centre = np.array(scenes.PLACES[scene.place])[::-1] * PICTURE_PX
+            corner = np.clip(centre - crop_px / 2 + rng.integers(-20, 21, size=2), 0, room).astype(int)
+        crops.append(picture[corner[0] : corner[0] + crop_px, corner[1] : corner[1] + crop_px])
+    return torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def initialise(vae: VAE) -> None:
+    """Start from a network that only subsamples and enlarges: residual branches silent, resampling convolutions identity.
+
+    Colours then reach the output from the first step on, and training spends itself on edges.
+    """
+    for module in vae.modules():
+        if isinstance(module, ResnetBlock):
+            nn.init.zeros_(module.conv2.weight)
+            nn.init.zeros_(module.conv2.bias)
+            if module.conv_shortcut is not None:
+                nn.init.orthogonal_(module.conv_shortcut.weight)
+        elif isinstance(module, SpatialAttention):
+            nn.init.zeros_(module.to_out[0].weight)
+        elif isinstance(module, Downsample | Upsample):
+            nn.init.dirac_(module.conv.weight)
+            nn.init.zeros_(module.conv.bias)
+
+
+def train_vae(
+    *, steps: int, whole_steps: int, seed: int, device: torch.device, checkpoint: Path, batch: int = 8, lr: float = 2e-3
+) -> VAE:
+    """The trained VAE (fp32, eval), with `bn` statistics of its latents; also saved to `checkpoint`.
+
+    `steps` on 64 px crops, then `whole_steps` on whole pictures.
+    """
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
+    pool, _ = scenes.split()
+    vae = VAE(CONFIG)
+    initialise(vae)
+    vae.to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=1e-4)
+    total = steps + whole_steps
+    start = time.monotonic()
+    for step in range(total):
+        whole = step >= steps
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min(1, (step + 1) / 50) * (0.02 + 0.49 * (1 + math.cos(math.pi * step / total)))
+        images = picture_batch(rng, pool, batch // 4 if whole else batch, PICTURE_PX if whole else 64).to(device)
+        mean, _ = vae.posterior(images)
+        z = mean + LATENT_NOISE * torch.randn_like(mean)
+        out = vae.decoder(vae.post_quant_conv(z))
+        loss = F.l1_loss(out, images) + F.mse_loss(out, images) + MEAN_PENALTY * mean.square().mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        if step % 50 == 0 or step == total - 1:
+            pace = (time.monotonic() - start) / (step + 1)
+            logger.info(
+                "vae step %d/%d  loss %.4f  mse %.5f  mean std %.2f  %.2f s/step",
+                step,
+                total,
+                loss.item(),
+                F.mse_loss(out, images).item(),
+                mean.std().item(),
+                pace,
+            )
+        if step % 500 == 499 or step == total - 1:
+            checkpoint.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(vae.state_dict(), checkpoint)
+    return finish_vae(vae, pool, seed, checkpoint)
+
+
+@torch.no_grad()
+def finish_vae(vae: VAE, pool: list[scenes.Scene], seed: int, checkpoint: Path) -> VAE:
+    """Measure `bn` over 512 whole pictures and save."""
+    rng = np.random.default_rng([seed, 1])
+    device = vae.quant_conv.weight.device
+    packed = torch.cat(
+        [patchify(vae.posterior(picture_batch(rng, pool, 32, PICTURE_PX).to(device))[0]) for _ in range(16)]
+    )
+    vae.bn.running_mean.copy_(packed.mean(dim=(0, 2, 3)))
+    vae.bn.running_var.copy_(packed.var(dim=(0, 2, 3)))
+    torch.save(vae.state_dict(), checkpoint)
+    return vae.eval()
