@@ -84,7 +84,7 @@ class Component:
     """The file's own."""
 
 
-# --- files ---------------------------------------------------------------------------------------------------------
+# --- files --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +126,7 @@ def read_header(path: Path) -> tuple[dict[str, Shape], dict[str, str]]:
                 raise CheckpointError(f"{path} is not a safetensors file, whatever its name says.")
             if 8 + length > size:
                 raise CheckpointError(
-                    f"{path} is truncated: its header alone needs {8 + length} bytes, the file has {size}; download it again."
+                    f"{path} is truncated: its header needs {8 + length} bytes, the file has {size}; download it again."
                 )
             file.seek(8)
             header = json.loads(file.read(length))
@@ -257,7 +257,12 @@ def _find_place(path: Path, kind: Kind) -> _Place:
     return _Place(files=_open_folder(path), folder=path)
 
 
-# --- reading -------------------------------------------------------------------------------------------------------
+def check_present(path: Path | str, kind: Kind) -> None:
+    """Raise CheckpointError unless every weight file of `kind` is there and whole by its header."""
+    _find_place(Path(path), kind)
+
+
+# --- reading ------------------------------------------------------------------------------------------------
 
 
 def read_component(path: Path | str, kind: Kind) -> Component:
@@ -283,14 +288,14 @@ def read_component(path: Path | str, kind: Kind) -> Component:
     foreign = find_foreign_quantisation(stored)
     if foreign is not None:
         raise CheckpointError(
-            f"{path} is quantised with {foreign}, which is not read here; take a bf16 or fp8 file, or the loader it was "
-            "made for."
+            f"{path} is quantised with {foreign}, which is not read here; take a bf16 or fp8 file, or the loader "
+            "it was made for."
         )
     prefix = find_prefix(stored, kind)
     found = identify(stored)
     if prefix is None or not found.kinds:
         raise CheckpointError(
-            f"{path} must be {NAMES[kind]}, but it looks like {found.description} ({len(stored)} tensors; the first are "
+            f"{path} must be {NAMES[kind]}, but it looks like {found.description} ({len(stored)} tensors; first are "
             f"{_some(sorted(stored))})."
         )
     names, strangers = to_our_names(stored, kind, prefix)
@@ -432,9 +437,7 @@ def _check_shapes(
         )
 
 
-def _check_role(
-    path: Path, place: _Place, stored: Iterable[str], given: Mapping[str, Any] | None, kind: Kind
-) -> None:
+def _check_role(path: Path, place: _Place, stored: Iterable[str], given: Mapping[str, Any] | None, kind: Kind) -> None:
     """Warn when there is evidence that a language model sits in the other one's place; the two have the same keys."""
     if kind not in TOKENIZER_FOLDERS:
         return
@@ -461,7 +464,7 @@ def _read_tokenizer(folder: Path | None, kind: Kind, tekken: Tensor | None) -> s
     return None
 
 
-# --- building ------------------------------------------------------------------------------------------------------
+# --- building -----------------------------------------------------------------------------------------------
 
 
 def build_transformer(
@@ -489,7 +492,8 @@ def build_vae(
     _check_kind(component, "vae")
     dtype = dtype or stored_dtype(component)
     module = VAE(VAEConfig.from_dict(component.config), ops=ops, dtype=dtype, device="meta")
-    return _assign(module, component, dtype, device).to(memory_format=torch.channels_last).eval()
+    module = _assign(module, component, dtype, device).eval()
+    return module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  torch's stubs lack it
 
 
 def build_text_encoder(
@@ -528,7 +532,7 @@ def build_tokenizer(component: Component) -> Tokenizer:
     if component.tokenizer is None:
         folder = TOKENIZER_FOLDERS.get(component.kind, "tokenizer")
         raise CheckpointError(
-            f"{component.source} has no tokenizer: a single file needs the tensor {TEKKEN_KEY} (ComfyUI's files have it), "
+            f"{component.source} has no tokenizer: a single file needs the tensor {TEKKEN_KEY} (ComfyUI's have it), "
             f"a folder needs {folder}/tokenizer.json beside it."
         )
     if isinstance(component.tokenizer, bytes):
@@ -537,12 +541,13 @@ def build_tokenizer(component: Component) -> Tokenizer:
 
 
 def stored_dtype(component: Component) -> torch.dtype:
-    """The dtype most weights are stored in, bfloat16 where that is no dtype to compute in."""
+    """The dtype of most weights, bfloat16 where that is none to compute in (8 bits; fp16 except for a VAE)."""
     counts: dict[torch.dtype, int] = {}
     for tensor in component.state_dict.values():
         counts[tensor.dtype] = counts.get(tensor.dtype, 0) + tensor.numel()
     dtype = max(counts, key=lambda dtype: counts[dtype])
-    return dtype if dtype.is_floating_point and dtype.itemsize > 1 else torch.bfloat16
+    too_narrow = dtype.itemsize == 1 or (dtype is torch.float16 and component.kind != "vae")
+    return torch.bfloat16 if too_narrow or not dtype.is_floating_point else dtype
 
 
 def _check_kind(component: Component, *kinds: Kind) -> None:
@@ -585,7 +590,7 @@ def _assign(
     return module
 
 
-# --- writing -------------------------------------------------------------------------------------------------------
+# --- writing ------------------------------------------------------------------------------------------------
 
 SingleFileLayout = Literal["comfyui", "official"]
 
@@ -682,9 +687,7 @@ def save_single_file(
     write_safetensors(file, path, metadata=metadata)
 
 
-def save_folder_component(
-    component: Component, folder: Path | str, *, max_shard_bytes: int | None = None
-) -> Path:
+def save_folder_component(component: Component, folder: Path | str, *, max_shard_bytes: int | None = None) -> Path:
     """Write one network into its sub-folder of the official folder `folder`; returns the sub-folder.
 
     `max_shard_bytes`: split the weights into shards with an index; None = one file. A tokenizer.json goes into

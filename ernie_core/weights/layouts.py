@@ -1,8 +1,9 @@
 """Key names of every layout in which ERNIE-Image's networks are published, and what other files look like.
 
-Sources: baidu/ERNIE-Image (official folders, diffusers and transformers names), Comfy-Org/ERNIE-Image (single files) and
-ComfyUI's full checkpoints. Inside the pack there is one name per tensor ("our names"): the transformer's bare names;
-`embed_tokens.weight`, `layers.N...`, `norm.weight` for the two language models; diffusers' names for the VAE.
+Sources: baidu/ERNIE-Image (official folders, diffusers and transformers names), Comfy-Org/ERNIE-Image (single
+files) and ComfyUI's full checkpoints. Inside the pack there is one name per tensor ("our names"): the transformer's
+bare names; `embed_tokens.weight`, `layers.N...`, `norm.weight` for the two language models; diffusers' names for
+the VAE.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ _CHECKPOINT_PARTS = (
 TEKKEN_KEY = "tekken_model"
 _UNUSED_TEXT_KEYS = re.compile(
     r"^(?:text_encoders\.(?:ministral3_3b\.(?:transformer\.)?)?)?(?:model\.|language_model\.)*"
-    r"(?:vision_tower\..*|multi_modal_projector\..*|lm_head\.(?:weight|weight_scale|comfy_quant)|logit_scale|tekken_model)$"
+    r"(?:vision_tower\..*|multi_modal_projector\..*|lm_head\..*|logit_scale|tekken_model)$"
 )
 _VISION_KEYS = re.compile(r"(?:^|\.)(?:vision_tower|multi_modal_projector)\.")
 
@@ -84,9 +85,7 @@ def find_prefix(keys: Iterable[str], kind: Kind) -> str | None:
         if any(prefix + signature in keys for signature in _SIGNATURES[kind]):
             # norms over q and k, or biases, are other families' (Qwen)
             block = f"{prefix}layers.0.self_attn."
-            if kind in TOKENIZER_FOLDERS and (
-                block + "q_norm.weight" in keys or block + "q_proj.bias" in keys
-            ):
+            if kind in TOKENIZER_FOLDERS and (block + "q_norm.weight" in keys or block + "q_proj.bias" in keys):
                 return None
             return prefix
     return None
@@ -117,7 +116,7 @@ def find_tekken(keys: Iterable[str]) -> str | None:
     return next((key for key in keys if key.rpartition(".")[2] == TEKKEN_KEY), None)
 
 
-# --- VAE: diffusers names <-> the names of BFL's and ComfyUI's files ---------------------------------------------------
+# --- VAE: diffusers names <-> the names of BFL's and ComfyUI's files ----------------------------------------
 
 _ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 _ATTENTION_BACK = {theirs: ours for ours, theirs in _ATTENTION.items()}
@@ -183,7 +182,7 @@ def is_vae_attention(name: str) -> bool:
     return bool(re.search(r"\.attentions\.0\.to_(?:q|k|v|out\.0)\.weight$", name))
 
 
-# --- language models: sizes from shapes --------------------------------------------------------------------------------
+# --- language models: sizes from shapes ---------------------------------------------------------------------
 
 # text_encoder/config.json (text_config) and pe/config.json of the release; what no tensor's shape tells
 _RELEASED_ROPE = {
@@ -276,7 +275,7 @@ def text_shapes(config: Mapping[str, Any]) -> dict[str, Shape]:
     return shapes | {"norm.weight": (hidden,)}
 
 
-# --- what a file looks like --------------------------------------------------------------------------------------------
+# --- what a file looks like ---------------------------------------------------------------------------------
 
 # (what to call it, patterns of which each must be found in some key). First match wins.
 _OTHERS: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -339,9 +338,7 @@ def identify(shapes: Mapping[str, Shape]) -> Identity:
     if role is not None and role in kinds:
         kinds = [kind for kind in kinds if kind == role or kind not in TOKENIZER_FOLDERS]
     if kinds == ["text_encoder", "enhancer"]:
-        return Identity(
-            kinds=tuple(kinds), description="a Mistral language model (text encoder or prompt enhancer)"
-        )
+        return Identity(kinds=tuple(kinds), description="a Mistral language model (text encoder or prompt enhancer)")
     if "transformer" in kinds and len(kinds) > 1:
         return Identity(kinds=tuple(kinds), description="a full checkpoint of ERNIE-Image")
     if kinds:
@@ -369,9 +366,8 @@ def _describe_vae(shapes: Mapping[str, Shape]) -> str | None:
     for prefix in PREFIXES["vae"]:
         shape = shapes.get(prefix + "decoder.conv_in.weight")
         if shape is not None and len(shape) == 4:
-            family = {4: "SD or SDXL", 16: "FLUX.1 or SD3"}.get(shape[1])
-            note = "without the batch-norm statistics that ERNIE-Image's needs"
-            return f"an {family} VAE ({note})" if family == "SD or SDXL" else f"a {family or ''} VAE ({note})".replace("  ", " ")
+            family = {4: "an SD or SDXL VAE", 16: "a FLUX.1 or SD3 VAE"}.get(shape[1], "a VAE")
+            return f"{family} without the batch-norm statistics that ERNIE-Image needs"
         if shape is not None:
             return "a video VAE"
     return None

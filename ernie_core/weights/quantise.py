@@ -1,9 +1,9 @@
 """8-bit weights: reading their scales, turning them back into plain weights, and making them.
 
 Layouts read (ComfyUI's quant_ops, QUANTIZATION.md): `<layer>.comfy_quant`, a uint8 tensor that holds JSON such as
-{"format": "float8_e4m3fn"}, beside `weight_scale` and `input_scale`; the same JSON for all layers in the file's metadata
-under `_quantization_metadata`; the older `scaled_fp8` marker with `scale_weight` and `scale_input`. Plain fp8 tensors have
-no scale and are no quantisation in this sense. A true weight is stored weight * weight_scale.
+{"format": "float8_e4m3fn"}, beside `weight_scale` and `input_scale`; the same JSON for all layers in the file's
+metadata under `_quantization_metadata`; the older `scaled_fp8` marker with `scale_weight` and `scale_input`. Plain
+fp8 tensors have no scale and are no quantisation in this sense. A true weight is stored weight * weight_scale.
 """
 
 from __future__ import annotations
@@ -102,8 +102,8 @@ def read_quantisation(
             continue  # old files write scale 1 beside layers that were left in high precision
         if chosen is None:
             chosen = {"format": _guess_format(dtype, tensors.get(layer, {}))}
-            if old_marker is not None and old_marker.numel() == 2:
-                chosen["full_precision_matrix_mult"] = True
+            if old_marker is not None and old_marker.numel() == 2:  # how old files ask for it
+                chosen |= {"full_precision_matrix_mult": True}
         quantisation[layer] = LayerQuantisation(options=chosen, tensors=tensors.get(layer, {}))
     return quantisation
 
@@ -175,7 +175,7 @@ def dequantise(
 def to_comfy_layout(
     state_dict: Mapping[str, Tensor], quantisation: Mapping[str, LayerQuantisation]
 ) -> dict[str, Tensor]:
-    """The state dict with scales and `comfy_quant` markers beside the weights, as the host's quantised layers read it."""
+    """The state dict with scales and `comfy_quant` markers beside the weights, as the host reads them."""
     full = dict(state_dict)
     for layer, how in quantisation.items():
         full |= {f"{layer}.{name}": tensor for name, tensor in how.tensors.items()}
