@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from comfy_api.latest import io
 
 from . import host
@@ -196,7 +198,8 @@ class ErnieLoadImageModel(io.ComfyNode):
     ) -> io.NodeOutput:
         from ..ernie_core.weights.checkpoint import read_component
 
-        path = find_folder(folder, download=download)
+        kinds = ("transformer", "text_encoder", "vae", *(["enhancer"] if load_enhancer else []))
+        path = find_folder(folder, kinds, download=download)
         model = host.make_model(read_component(path, "transformer"), weight_dtype=weight_dtype)
         clip = host.make_clip(read_component(path, "text_encoder"), rope=rope)
         vae = host.make_vae(read_component(path, "vae"), weight_dtype="default")
@@ -204,5 +207,22 @@ class ErnieLoadImageModel(io.ComfyNode):
         return io.NodeOutput(model, clip, vae, enhancer)
 
 
-def find_folder(folder: str, *, download: bool):
-    raise NotImplementedError
+def find_folder(name: str, kinds: tuple[str, ...], *, download: bool) -> Path:
+    """The official folder that `name` stands for; a repository is fetched when it is not there and `download` is on."""
+    from ..ernie_core.weights.download import find_or_download, is_present
+
+    if name.endswith("/"):
+        return host.model_path("diffusion_models", name)
+    ending = f"/{name.rpartition('/')[2]}/"
+    for entry in host.list_models("diffusion_models"):
+        if f"/{entry}".endswith(ending):
+            path = host.model_path("diffusion_models", entry)
+            if all(is_present(path, kind) for kind in kinds):
+                return path
+    bar = host.progress(1)
+
+    def report(done: int, total: int, file: str) -> None:
+        host.throw_if_interrupted()
+        bar.update_absolute(done, total)
+
+    return find_or_download(name, host.models_folder(), kinds=kinds, confirm=download, on_progress=report)

@@ -28,8 +28,8 @@ SHIFT_TOOLTIP = (
     "ERNIE nodes use, 1 = evenly spread."
 )
 DENOISE_TOOLTIP = (
-    "How much of the input latent is replaced, 0.01 to 1. 1 (neutral) starts from pure noise; lower values keep that "
-    "much less of the noise, for image to image."
+    "How much of the input latent is replaced by noise, 0.01 to 1. 1 (neutral) starts from pure noise; lower values keep "
+    "more of the picture, for image to image. Works in whole steps of the schedule."
 )
 
 

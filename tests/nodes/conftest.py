@@ -1,6 +1,5 @@
 """The nodes without ComfyUI: the standalone vocabulary, and a host that records."""
 
-import asyncio
 import importlib
 from types import SimpleNamespace
 
@@ -9,6 +8,7 @@ from ernie_pack.standalone import load_pack
 
 load_pack()
 
+from node_schemas import find_classes  # noqa: E402
 from recording_host import RecordingHost  # noqa: E402
 
 NODE_FILES = ("loading", "text", "sampling", "batch")
@@ -16,8 +16,7 @@ NODE_FILES = ("loading", "text", "sampling", "batch")
 
 @pytest.fixture(scope="session")
 def node_classes() -> dict[str, type]:
-    extension = importlib.import_module("ernie_pack.nodes").ErnieExtension()
-    return {cls.GET_SCHEMA().node_id: cls for cls in asyncio.run(extension.get_node_list())}
+    return find_classes()
 
 
 @pytest.fixture

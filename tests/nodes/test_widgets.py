@@ -51,7 +51,8 @@ def another(item, value):
         return not value
     if kind == "STRING":
         return OTHER_TEXT.get(item.id, "another text")
-    step = settings.get("step") or 1
+    # denoise works in whole steps of the schedule: one tick of the widget may change nothing
+    step = 0.25 if item.id == "denoise" else settings.get("step") or 1
     return value + step if value + step <= settings["max"] else value - step
 
 

@@ -8,6 +8,7 @@ depend on all of them.
 
 import asyncio
 import importlib
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -38,14 +39,20 @@ def describe(cls) -> dict:
     }
 
 
-def describe_all() -> dict:
-    """Node id -> description, for all nodes of the extension."""
+def find_classes() -> dict[str, type]:
+    """Node id -> class, for all nodes of the extension."""
     extension = importlib.import_module("ernie_pack.nodes").ErnieExtension()
-    return {cls.GET_SCHEMA().node_id: describe(cls) for cls in asyncio.run(extension.get_node_list())}
+    return {cls.__name__: cls for cls in asyncio.run(extension.get_node_list())}
 
 
 if __name__ == "__main__":
+    from recording_host import RecordingHost
+
     spec = importlib.util.spec_from_file_location("tests_conftest", ROOT / "tests" / "conftest.py")
     spec.loader.exec_module(importlib.util.module_from_spec(spec))
     importlib.import_module("ernie_pack.standalone").load_pack()
-    sys.stdout.write(json.dumps(describe_all(), indent=1, ensure_ascii=False) + "\n")
+    classes = find_classes()
+    for node in classes.values():
+        sys.modules[node.__module__].host = RecordingHost(ROOT)
+    described = {node_id: describe(node) for node_id, node in classes.items()}
+    sys.stdout.write(json.dumps(described, indent=1, ensure_ascii=False) + "\n")
