@@ -368,7 +368,7 @@ def _read_config(folder: Path | None, metadata: Mapping[str, str], kind: Kind) -
         except ValueError:
             logger.warning("the file's metadata has a config that is not JSON; sizes are read from the weights")
             return None
-        telling = "latent_channels" if kind == "vae" else "hidden_size"
+        telling = {"transformer": "ffn_hidden_size", "vae": "latent_channels"}.get(kind, "intermediate_size")
         if not isinstance(config, dict) or telling not in config.get("text_config", config):
             logger.warning("the file's metadata has a config of another kind; sizes are read from the weights")
             return None

@@ -73,7 +73,7 @@ _CHECKPOINT_PARTS = (
 TEKKEN_KEY = "tekken_model"
 _UNUSED_TEXT_KEYS = re.compile(
     r"^(?:text_encoders\.(?:ministral3_3b\.(?:transformer\.)?)?)?(?:model\.|language_model\.)*"
-    r"(?:vision_tower\..*|multi_modal_projector\..*|lm_head\..*|logit_scale|tekken_model)$"
+    r"(?:vision_tower\..*|multi_modal_projector\..*|lm_head\..*|logit_scale)$"
 )
 _VISION_KEYS = re.compile(r"(?:^|\.)(?:vision_tower|multi_modal_projector)\.")
 
@@ -101,7 +101,7 @@ def to_our_names(keys: Iterable[str], kind: Kind, prefix: str) -> tuple[dict[str
     strangers: list[str] = []
     parts = tuple(part for part in _CHECKPOINT_PARTS if part != prefix)
     for key in keys:
-        if kind in TOKENIZER_FOLDERS and _UNUSED_TEXT_KEYS.match(key):
+        if key.endswith(TEKKEN_KEY) or (kind in TOKENIZER_FOLDERS and _UNUSED_TEXT_KEYS.match(key)):
             continue
         if key.startswith(prefix) and not (prefix == "" and key.startswith(parts)):
             name = key[len(prefix) :]
@@ -113,7 +113,7 @@ def to_our_names(keys: Iterable[str], kind: Kind, prefix: str) -> tuple[dict[str
 
 def find_tekken(keys: Iterable[str]) -> str | None:
     """The key whose uint8 tensor holds a tekken.json, or None."""
-    return next((key for key in keys if key.rpartition(".")[2] == TEKKEN_KEY), None)
+    return next((key for key in keys if key.endswith(TEKKEN_KEY)), None)
 
 
 # --- VAE: diffusers names <-> the names of BFL's and ComfyUI's files ----------------------------------------
