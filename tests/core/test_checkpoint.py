@@ -490,9 +490,9 @@ def test_a_config_in_the_metadata_that_is_another_programs_is_left_alone(tmp_pat
 # --- writing ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_full_disk_leaves_nothing_and_says_how_much_is_needed(tmp_path, made, monkeypatch):
+def test_a_full_disk_leaves_nothing_and_says_how_much_is_needed(tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: usage(10, 9, 1))
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: usage(10, 9, 1))
     with pytest.raises(ErnieError, match=r"the disk is full: .*a\.safetensors needs 400 bytes"):
         write_safetensors({"a": torch.zeros(100)}, tmp_path / "a.safetensors")
     assert not list(tmp_path.iterdir())
@@ -503,7 +503,7 @@ def test_a_disk_that_fills_up_while_writing_keeps_the_old_file(tmp_path, monkeyp
     write_safetensors({"a": torch.zeros(1)}, path)
     before = path.read_bytes()
 
-    def fail(descriptor):
+    def fail(_descriptor):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(checkpoint.os, "fsync", fail)
