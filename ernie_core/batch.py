@@ -158,7 +158,9 @@ def _iter_csv(text: str, where: str, problems: list[Problem]) -> Iterator[tuple[
     columns = [c.strip().lower() for c in reader.fieldnames or []]
     if "prompt" not in columns:
         problems.append(
-            Problem(label=f"{where}header", reason=f"needs a column named prompt, got {', '.join(columns) or 'nothing'}")
+            Problem(
+                label=f"{where}header", reason=f"needs a column named prompt, got {', '.join(columns) or 'nothing'}"
+            )
         )
         return
     reader.fieldnames = columns
@@ -207,7 +209,9 @@ def _make_row(label: str, values: dict[str, Any], defaults: Row, place: int) -> 
             read[name] = _COLUMNS[name](value.strip() if isinstance(value, str) else value)
         except (TypeError, ValueError) as e:
             kind = _COLUMNS[name].__name__
-            raise ErnieError(f"{name} must be {'a whole number' if kind == 'int' else 'a number'}, got {value!r}") from e
+            raise ErnieError(
+                f"{name} must be {'a whole number' if kind == 'int' else 'a number'}, got {value!r}"
+            ) from e
     row = replace(defaults, label=label, **read)
     if "\ufffd" in row.prompt + row.negative:
         raise ErnieError("is not UTF-8 text; save the file as UTF-8")

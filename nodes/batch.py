@@ -29,14 +29,17 @@ class ErnieBatchFromPrompts(io.ComfyNode):
                     "source",
                     multiline=True,
                     default="",
-                    tooltip="One prompt per line (# starts a comment); or the path of a .txt, .csv or .jsonl file, or of a "
-                    "folder of them. csv and jsonl may have the columns prompt, negative, seed, width, height, steps, cfg, "
+                    tooltip="One prompt per line (# starts a comment); or the path of a .txt, .csv or .jsonl file, "
+                    "or of a "
+                    "folder of them. csv and jsonl may have the columns prompt, negative, seed, width, height, "
+                    "steps, cfg, "
                     "shift. Relative paths start in ComfyUI's input folder.",
                 ),
                 io.String.Input(
                     "name",
                     default="batch",
-                    tooltip="Folder inside the output folder. A row whose picture is already there is not made again: take a "
+                    tooltip="Folder inside the output folder. A row whose picture is already there is not made "
+                    "again: take a "
                     "new name when you change model or LoRA.",
                 ),
                 io.String.Input(
@@ -47,7 +50,8 @@ class ErnieBatchFromPrompts(io.ComfyNode):
                     "preset",
                     options=[*PRESETS, CUSTOM],
                     default=next(iter(PRESETS)),
-                    tooltip="Official steps / cfg of the two models, for rows without those columns. custom takes steps and "
+                    tooltip="Official steps / cfg of the two models, for rows without those columns. custom takes "
+                    "steps and "
                     "cfg from below.",
                 ),
                 steps_input(tooltip="Model evaluations, 1 to 1000, when preset is custom." + ROW_TOOLTIP % "steps"),
@@ -67,7 +71,8 @@ class ErnieBatchFromPrompts(io.ComfyNode):
                 io.Boolean.Input(
                     "collect",
                     default=True,
-                    tooltip="On: hand all pictures on as a list, also those made before. Off: only write files, for lists "
+                    tooltip="On: hand all pictures on as a list, also those made before. Off: only write files, for "
+                    "lists "
                     "too long for memory (12 MB per picture of 1024 x 1024).",
                 ),
             ],
@@ -77,7 +82,9 @@ class ErnieBatchFromPrompts(io.ComfyNode):
                     tooltip="The pictures in row order; empty when collect is off.",
                     is_output_list=True,
                 ),
-                io.String.Output(display_name="report", tooltip="How many were made and kept, and which rows failed why."),
+                io.String.Output(
+                    display_name="report", tooltip="How many were made and kept, and which rows failed why."
+                ),
             ],
             hidden=[io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.extra_pnginfo],
         )
@@ -97,20 +104,32 @@ class ErnieBatchFromPrompts(io.ComfyNode):
 
         steps, cfg = preset_settings(preset, steps, cfg)
         defaults = Row(
-            label="", prompt="", negative=negative, seed=seed, width=width, height=height, steps=steps, cfg=cfg, shift=shift
+            label="",
+            prompt="",
+            negative=negative,
+            seed=seed,
+            width=width,
+            height=height,
+            steps=steps,
+            cfg=cfg,
+            shift=shift,
         )
         rows, problems = read_rows(source, defaults, folder=host.input_folder())
-        result = run_rows(
-            rows,
-            run_folder(host.output_folder(), name),
-            encode=lambda text: host.encode_prompt(clip, text),
-            generate=lambda row, positive, unwanted: generate(model, vae, row, positive, unwanted),
-            save=lambda image, path, row: save(image, path, row, cls.hidden),
-            on_row=lambda number, total, row: announce(cls.hidden.unique_id, number, total, row),
-        )
+        folder = run_folder(host.output_folder(), name)
+        result = run_rows(rows, folder, **callbacks(model, clip, vae, cls.hidden))
         images = [read_image(path)[None] for path in result.files] if collect else []
         report = result.report(problems)
         return io.NodeOutput(images, report, ui={"text": [report]})
+
+
+def callbacks(model, clip, vae, hidden) -> dict:
+    """What the engine's `run_rows` needs from the host."""
+    return {
+        "encode": lambda text: host.encode_prompt(clip, text),
+        "generate": lambda row, positive, negative: generate(model, vae, row, positive, negative),
+        "save": lambda image, path, row: save(image, path, row, hidden),
+        "on_row": lambda number, total, row: announce(hidden.unique_id, number, total, row),
+    }
 
 
 def announce(node_id: str | None, number: int, total: int, row) -> None:

@@ -1,7 +1,7 @@
 """ComfyUI as host: the only file that touches comfy.*, folder_paths, latent_preview and server.
 
-The port that the nodes use; `standalone/host.py` offers the same functions without ComfyUI. Facts about the host are from
-0.12.1 and 0.33.0. Host modules are imported where they are used, so that this file can be imported anywhere.
+The port that the nodes use; `standalone/host.py` offers the same functions without ComfyUI. Facts about the host are
+from 0.12.1 and 0.33.0. Host modules are imported where they are used, so that this file can be imported anywhere.
 """
 
 from __future__ import annotations
@@ -189,7 +189,8 @@ def _load_model(component, weight_dtype: str, disable_dynamic: bool):
 
 
 def _host_state_dict(component, *, keep_quantised: bool) -> dict[str, Tensor]:
-    """Weights as the host's layers read them: quantised ones with their scales if the host knows how, else multiplied out."""
+    """Weights as the host's layers read them: quantised ones with their scales if the host knows how, else "
+    "multiplied out."""
     from comfy.quant_ops import QUANT_ALGOS
 
     from ..ernie_core.weights.quantise import dequantise, to_comfy_layout
@@ -252,7 +253,8 @@ def _model_classes() -> tuple[type, type]:
             return out
 
         def process_timestep(self, timestep, **kwargs):
-            """Timesteps on the 0-1000 scale, also when a node (ModelSamplingAuraFlow, ModelSamplingFlux) made them 0-1."""
+            """Timesteps on the 0-1000 scale, also when a node (ModelSamplingAuraFlow, ModelSamplingFlux) made them "
+            "0-1."""
             top = float(self.model_sampling.timestep(1.0))  # plain numbers: nothing waits for the device
             if top == NUM_TRAIN_TIMESTEPS:
                 return timestep
@@ -369,7 +371,9 @@ class ClipModel(torch.nn.Module):
         return torch.cat([h[None] for h in hidden]).float().to(mm.intermediate_device()), None
 
     def generate(self, *args, **kwargs):
-        raise ErnieError("the text encoder cannot write text: use Enhance Prompt (ERNIE) with Load Prompt Enhancer (ERNIE).")
+        raise ErnieError(
+            "the text encoder cannot write text: use Enhance Prompt (ERNIE) with Load Prompt Enhancer (ERNIE)."
+        )
 
     def load_sd(self, sd: dict[str, Tensor]) -> tuple[list[str], list[str]]:
         missing, unexpected = self.encoder.load_state_dict(sd, strict=False)
@@ -490,9 +494,7 @@ def _load_vae(component, weight_dtype: str, disable_dynamic: bool = False):
     model.eval().requires_grad_(False)
     mm.archive_model_dtypes(model)
     vae.first_stage_model = model
-    vae.patcher = _patcher_class(disable_dynamic)(
-        model, load_device=vae.device, offload_device=mm.vae_offload_device()
-    )
+    vae.patcher = _patcher_class(disable_dynamic)(model, load_device=vae.device, offload_device=mm.vae_offload_device())
     vae.latent_channels = LATENT_CHANNELS
     vae.downscale_ratio = vae.upscale_ratio = 16
     vae.memory_used_decode = lambda shape, dtype: shape[0] * model.decode_bytes(shape[2], shape[3], dtype)
@@ -598,7 +600,8 @@ def _check_latent(model, latent: dict[str, Tensor]) -> Tensor:
     if samples.ndim != 4 or samples.shape[1] != LATENT_CHANNELS:
         raise ErnieError(
             f"the latent must be [batch, {LATENT_CHANNELS}, height / 16, width / 16], got {list(samples.shape)}: it is "
-            "another model's. Make it with Empty Latent (ERNIE), EmptyFlux2LatentImage, or VAEEncode and this model's VAE."
+            "another model's. Make it with Empty Latent (ERNIE), EmptyFlux2LatentImage, or VAEEncode and this "
+            "model's VAE."
         )
     if not bool(samples.isfinite().all()):
         raise ErnieError("the latent holds NaN or infinite values: look at the node that made it.")
@@ -611,7 +614,8 @@ def _check_conditioning(network, name: str, conditioning: list) -> None:
     for features, _ in conditioning:
         if features.shape[-1] != width:
             raise ErnieError(
-                f"{name} must be {width} wide, got {features.shape[-1]}: it was encoded by another model's text encoder. "
+                f"{name} must be {width} wide, got {features.shape[-1]}: it was encoded by another model's text "
+                f"encoder. "
                 "Encode it with Load Text Encoder (ERNIE)."
             )
 
@@ -703,6 +707,8 @@ def save_png(image_HWC: Tensor, path: Path, *, prompt, extra_pnginfo, entries: d
             os.fsync(f.fileno())
         os.replace(part, path)
     except OSError as e:
-        raise ErnieError(f"{path} could not be written ({e.strerror or e}). Free some space or choose another folder.") from e
+        raise ErnieError(
+            f"{path} could not be written ({e.strerror or e}). Free some space or choose another folder."
+        ) from e
     finally:
         part.unlink(missing_ok=True)

@@ -174,13 +174,15 @@ class ErnieLoadImageModel(io.ComfyNode):
                 io.Boolean.Input(
                     "load_enhancer",
                     default=False,
-                    tooltip="Also load the prompt enhancer (6.9 GB more for the released model). Off: the enhancer output "
+                    tooltip="Also load the prompt enhancer (6.9 GB more for the released model). Off: the enhancer "
+                    "output "
                     "is empty.",
                 ),
                 io.Boolean.Input(
                     "download",
                     default=False,
-                    tooltip="Fetch the official files from Hugging Face when they are not there. Off (neutral): nothing is "
+                    tooltip="Fetch the official files from Hugging Face when they are not there. Off (neutral): "
+                    "nothing is "
                     "ever downloaded; the error says how big the download would be and where it would go.",
                 ),
             ],
@@ -193,9 +195,7 @@ class ErnieLoadImageModel(io.ComfyNode):
         )
 
     @classmethod
-    def execute(
-        cls, folder: str, weight_dtype: str, rope: str, load_enhancer: bool, download: bool
-    ) -> io.NodeOutput:
+    def execute(cls, folder: str, weight_dtype: str, rope: str, load_enhancer: bool, download: bool) -> io.NodeOutput:
         from ..ernie_core.weights.checkpoint import read_component
 
         kinds = ("transformer", "text_encoder", "vae", *(["enhancer"] if load_enhancer else []))
@@ -221,7 +221,7 @@ def find_folder(name: str, kinds: tuple[str, ...], *, download: bool) -> Path:
                 return path
     bar = host.progress(1)
 
-    def report(done: int, total: int, file: str) -> None:
+    def report(done: int, total: int, _file: str) -> None:
         host.throw_if_interrupted()
         bar.update_absolute(done, total)
 

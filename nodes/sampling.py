@@ -28,7 +28,8 @@ SHIFT_TOOLTIP = (
     "ERNIE nodes use, 1 = evenly spread."
 )
 DENOISE_TOOLTIP = (
-    "How much of the input latent is replaced by noise, 0.01 to 1. 1 (neutral) starts from pure noise; lower values keep "
+    "How much of the input latent is replaced by noise, 0.01 to 1. 1 (neutral) starts from pure noise; lower values "
+    "keep "
     "more of the picture, for image to image. Works in whole steps of the schedule."
 )
 
@@ -70,7 +71,8 @@ class ErnieEmptyLatent(io.ComfyNode):
                     "size",
                     options=[*SIZES, CUSTOM],
                     default=next(iter(SIZES)),
-                    tooltip="Picture size, width x height in pixels. The listed sizes are those the model was trained for; "
+                    tooltip="Picture size, width x height in pixels. The listed sizes are those the model was "
+                    "trained for; "
                     "custom takes width and height from below.",
                 ),
                 *size_inputs("Picture %s in pixels, a multiple of 16. Read only when size is custom."),
@@ -78,7 +80,9 @@ class ErnieEmptyLatent(io.ComfyNode):
                     "batch_size", default=1, min=1, max=4096, tooltip="Number of pictures made at once, 1 to 4096."
                 ),
             ],
-            outputs=[io.Latent.Output(display_name="latent", tooltip="Zeros, 128 channels at 1/16 of the picture size.")],
+            outputs=[
+                io.Latent.Output(display_name="latent", tooltip="Zeros, 128 channels at 1/16 of the picture size.")
+            ],
         )
 
     @classmethod
@@ -121,7 +125,8 @@ class ErnieSampler(io.ComfyNode):
                 ),
                 steps_input(tooltip=STEPS_TOOLTIP + " Read only when preset is custom."),
                 cfg_input(
-                    "Strength of the prompt against the negative prompt, 0 to 100. 1 = off: the negative is not evaluated "
+                    "Strength of the prompt against the negative prompt, 0 to 100. 1 = off: the negative is not "
+                    "evaluated "
                     "and a step takes half the time. Read only when preset is custom."
                 ),
                 shift_input(SHIFT_TOOLTIP + " Replaces the shift that the model carries."),

@@ -33,8 +33,10 @@ class ErnieEncodePrompt(io.ComfyNode):
                     multiline=True,
                     dynamic_prompts=True,
                     default="",
-                    tooltip="What the picture shows, in any language, up to 2048 tokens (about 1500 words); more is cut off "
-                    "with a warning. Brackets and weights such as (word:1.2) are read as plain text. Empty is the official "
+                    tooltip="What the picture shows, in any language, up to 2048 tokens (about 1500 words); more is "
+                    "cut off "
+                    "with a warning. Brackets and weights such as (word:1.2) are read as plain text. Empty is the "
+                    "official "
                     "negative prompt.",
                 ),
             ],
@@ -60,7 +62,8 @@ class ErnieEnhancePrompt(io.ComfyNode):
                     multiline=True,
                     dynamic_prompts=True,
                     default="",
-                    tooltip="The short prompt. The model often answers in Chinese, which ERNIE-Image reads just as well.",
+                    tooltip="The short prompt. The model often answers in Chinese, which ERNIE-Image reads just as "
+                    "well.",
                 ),
                 Enhancer.Input(
                     "enhancer", lazy=True, tooltip="Prompt enhancer. Not loaded at all while enabled is off."
@@ -68,7 +71,8 @@ class ErnieEnhancePrompt(io.ComfyNode):
                 io.Boolean.Input(
                     "enabled",
                     default=True,
-                    tooltip="Off (neutral): the prompt passes through unchanged and the enhancer is neither loaded nor run.",
+                    tooltip="Off (neutral): the prompt passes through unchanged and the enhancer is neither loaded "
+                    "nor run.",
                 ),
                 *size_inputs("Picture %s in pixels: the enhancer is told the size and composes for it."),
                 io.Int.Input(
@@ -77,7 +81,8 @@ class ErnieEnhancePrompt(io.ComfyNode):
                     min=0,
                     max=MAX_SEED,
                     control_after_generate=True,
-                    tooltip="Another seed words it differently; the same seed repeats the text. Unused at temperature 0.",
+                    tooltip="Another seed words it differently; the same seed repeats the text. Unused at "
+                    "temperature 0.",
                 ),
                 io.Float.Input(
                     "temperature",
@@ -85,7 +90,8 @@ class ErnieEnhancePrompt(io.ComfyNode):
                     min=0.0,
                     max=2.0,
                     step=0.05,
-                    tooltip="How freely words are chosen, 0 to 2. 0 = always the likeliest word; 0.6 is the official value.",
+                    tooltip="How freely words are chosen, 0 to 2. 0 = always the likeliest word; 0.6 is the official "
+                    "value.",
                 ),
                 io.Float.Input(
                     "top_p",
@@ -93,7 +99,8 @@ class ErnieEnhancePrompt(io.ComfyNode):
                     min=0.01,
                     max=1.0,
                     step=0.01,
-                    tooltip="Choose among the likeliest words that together reach this probability, 0.01 to 1. 1 = off; "
+                    tooltip="Choose among the likeliest words that together reach this probability, 0.01 to 1. 1 = "
+                    "off; "
                     "0.95 is the official pipeline's value, 0.8 that of the README and of ComfyUI's template.",
                 ),
                 io.Int.Input(
@@ -109,7 +116,8 @@ class ErnieEnhancePrompt(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="Leave out words less likely than this share of the likeliest one, 0 to 1. 0 = off (official).",
+                    tooltip="Leave out words less likely than this share of the likeliest one, 0 to 1. 0 = off "
+                    "(official).",
                 ),
                 io.Float.Input(
                     "repetition_penalty",
@@ -128,7 +136,9 @@ class ErnieEnhancePrompt(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.String.Output(display_name="enhanced", tooltip="The detailed prompt, or the original when switched off."),
+                io.String.Output(
+                    display_name="enhanced", tooltip="The detailed prompt, or the original when switched off."
+                ),
                 io.String.Output(display_name="original", tooltip="The prompt as it was, for comparing side by side."),
             ],
             hidden=[io.Hidden.unique_id],

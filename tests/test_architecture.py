@@ -127,9 +127,9 @@ def test_no_bare_except_and_no_print():
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
                 if isinstance(node, ast.ExceptHandler) and node.type is None:
                     offenders.append((path.name, node.lineno, "except:"))
-                if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print":
-                    if path.name != "cli.py":
-                        offenders.append((path.name, node.lineno, "print"))
+                is_print = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
+                if is_print and path.name != "cli.py":
+                    offenders.append((path.name, node.lineno, "print"))
     assert not offenders
 
 

@@ -74,8 +74,16 @@ def test_a_folder_is_read_file_by_file_in_name_order(tmp_path: Path):
         ("x.jsonl", '{"prompt": "good"}\n{broken', "row 2: is not JSON"),
         ("x.jsonl", '{"prompt": "good"}\n["a"]', "row 2: must be an object"),
         ("x.jsonl", '{"prompt": "good"}\n{"prompt": " "}', "row 2: has no prompt"),
-        ("x.jsonl", '{"prompt": "good"}\n{"prompt": "a", "sed": 1}', "row 2: has unknown columns sed; known are prompt"),
-        ("x.csv", "prompt,width\ngood,64\nbad,1000", "row 2: width must be a multiple of 16, got 1000; use 992 or 1008"),
+        (
+            "x.jsonl",
+            '{"prompt": "good"}\n{"prompt": "a", "sed": 1}',
+            "row 2: has unknown columns sed; known are prompt",
+        ),
+        (
+            "x.csv",
+            "prompt,width\ngood,64\nbad,1000",
+            "row 2: width must be a multiple of 16, got 1000; use 992 or 1008",
+        ),
         ("x.csv", "prompt,seed\ngood,1\nbad,red", "row 2: seed must be a whole number, got 'red'"),
         ("x.csv", "prompt,seed\ngood,1\nbad,-4", "row 2: seed must lie between 0 and"),
         ("x.csv", "prompt,steps\ngood,1\nbad,0", "row 2: steps must be at least 1, got 0"),

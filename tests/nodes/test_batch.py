@@ -42,7 +42,7 @@ def test_columns_override_the_widgets(run, recording, tmp_path):
     (tmp_path / "input").mkdir()
     (tmp_path / "input" / "list.csv").write_text("prompt,seed,width,steps,cfg\nred,99,64,5,1\n")
     batch(run, source="list.csv")
-    ((model, positive, negative, shape, sigmas, cfg, seed),) = samples(recording)
+    ((_, positive, negative, shape, sigmas, cfg, seed),) = samples(recording)
     assert (positive, negative, list(shape), len(sigmas), cfg, seed) == ([["red", {}]], None, [1, 1, 3, 4], 6, 1.0, 99)
 
 

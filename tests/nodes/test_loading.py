@@ -38,7 +38,9 @@ def test_a_loader_reads_its_own_kind(run, recording):
 
 
 def test_all_at_once_reads_every_part_of_the_folder(run, recording, downloads):
-    model, clip, vae, enhancer = run("ErnieLoadImageModel", folder="official/", **(WIDGETS | {"load_enhancer": True})).result
+    model, clip, vae, enhancer = run(
+        "ErnieLoadImageModel", folder="official/", **(WIDGETS | {"load_enhancer": True})
+    ).result
     assert (model, clip, vae) == ("MODEL", "CLIP", "VAE")
     assert enhancer is not None
     assert not downloads
@@ -52,9 +54,7 @@ def test_without_the_enhancer_its_weights_are_not_read(run, recording):
 @pytest.mark.parametrize("download", [False, True], ids=["off", "on"])
 def test_a_repository_is_asked_for_with_the_users_consent_only(run, recording, downloads, tmp_path, download):
     run("ErnieLoadImageModel", folder="baidu/ERNIE-Image", **(WIDGETS | {"download": download}))
-    assert downloads == [
-        ("baidu/ERNIE-Image", tmp_path / "models", ("transformer", "text_encoder", "vae"), download)
-    ]
+    assert downloads == [("baidu/ERNIE-Image", tmp_path / "models", ("transformer", "text_encoder", "vae"), download)]
 
 
 def test_download_off_says_size_repository_and_folder(run, recording, tmp_path):

@@ -52,7 +52,9 @@ def test_untouched_widgets_cause_no_warning(run, recording, caplog):
 
 
 def test_cfg_without_a_negative_is_an_error(run, recording):
-    with pytest.raises(ErnieError, match=r"cfg 4 compares with a negative prompt, but the input negative is not connected"):
+    with pytest.raises(
+        ErnieError, match=r"cfg 4 compares with a negative prompt, but the input negative is not connected"
+    ):
         sampler(run, negative=None)
     assert not recording.calls
 

@@ -28,10 +28,10 @@ def test_everything_is_explained(node_classes, recording, node_id):
     assert schema.description.endswith(".")
     assert ". " not in schema.description, "one sentence"
     for item in schema.inputs:
-        assert item.tooltip and item.tooltip.endswith("."), item.id
+        assert (item.tooltip or "").endswith("."), item.id
     for output in schema.outputs:
         assert output.display_name, output.io_type
-        assert output.tooltip and output.tooltip.endswith("."), output.display_name
+        assert (output.tooltip or "").endswith("."), output.display_name
 
 
 @pytest.mark.parametrize("node_id", sorted(PINNED))
