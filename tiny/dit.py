@@ -1,8 +1,8 @@
 """Trains the DiT of ernie-image-tiny together with its text encoder, on latents of the finished VAE.
 
 Rectified-flow velocity matching, as the released model: x = (1 - sigma) x0 + sigma noise, target noise - x0, MSE.
-Sigmas are stratified logit-normal, shifted like the sampler's grid. One caption in ten is dropped to the empty prompt, so that
-classifier-free guidance has its second branch.
+Sigmas are stratified logit-normal, shifted towards noise like the sampler's grid. One caption in ten is dropped to the
+empty prompt, so that classifier-free guidance has its second branch.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..ernie_core.config import DiTConfig
@@ -147,7 +148,6 @@ def train_dit(
     checkpoint: Path,
     batch: int = 32,
     lr: float = 1.5e-3,
-    resume: bool = False,
 ) -> TextToVelocity:
     """The trained text encoder and DiT (exponential moving average, fp32, eval); saved to `checkpoint` on the way."""
     torch.manual_seed(seed)
@@ -168,15 +168,8 @@ def train_dit(
         lr=lr,
         betas=(0.9, 0.98),
     )
-    first = 0
-    if resume and checkpoint.with_suffix(".state").exists():
-        state = torch.load(checkpoint.with_suffix(".state"), map_location=device, weights_only=True)
-        model.load_state_dict(state["model"])
-        average.load_state_dict(state["average"])
-        optimizer.load_state_dict(state["optimizer"])
-        first = state["step"]
     start, smooth = time.monotonic(), None
-    for step in range(first, steps):
+    for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1, (step + 1) / 200) * (0.02 + 0.49 * (1 + math.cos(math.pi * step / steps)))
         step_rng = np.random.default_rng([seed, 3, step])
@@ -199,17 +192,8 @@ def train_dit(
             torch._foreach_lerp_(list(average.parameters()), weights, 1 - decay)
         smooth = loss.item() if smooth is None else 0.98 * smooth + 0.02 * loss.item()
         if step % 100 == 0 or step == steps - 1:
-            pace = (time.monotonic() - start) / (step - first + 1)
+            pace = (time.monotonic() - start) / (step + 1)
             logger.info("dit step %d/%d  loss %.4f  %.2f s/step", step, steps, smooth, pace)
         if step % 500 == 499 or step == steps - 1:
-            torch.save(average.state_dict(), checkpoint)
-            torch.save(
-                {
-                    "model": model.state_dict(),
-                    "average": average.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "step": step + 1,
-                },
-                checkpoint.with_suffix(".state"),
-            )
+            save_file(average.state_dict(), checkpoint)
     return average

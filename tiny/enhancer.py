@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ..ernie_core.config import OFFICIAL_SIZES
@@ -76,7 +77,7 @@ def train_enhancer(
             pace = (time.monotonic() - start) / (step + 1)
             logger.info("enhancer step %d/%d  loss %.4f  %.2f s/step", step, steps, loss.item(), pace)
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(model.state_dict(), checkpoint)
+    save_file(model.state_dict(), checkpoint)
     return model.eval()
 
 

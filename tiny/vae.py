@@ -1,6 +1,7 @@
 """Trains the VAE of ernie-image-tiny: the first stage, since nothing that it loses can be learnt later.
 
-Trained on 64 px crops of 128 px scenes (the network is convolutional), then a short while on whole pictures. There is
+Trained on small crops of 128 px scenes (the network is convolutional), which show many more colours for the same
+work, then on larger ones, and a short while on whole pictures. There is
 no KL term: a KL strong enough to matter silences most of the 128 channels, and normalisation would then blow their
 residue up to unit variance for the DiT to model. Instead noise of a fixed size is added to the mean, which makes
 the decoder forgive small errors, and a small penalty on the mean's square keeps that noise meaningful.
@@ -16,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..ernie_core.config import VAEConfig
@@ -25,32 +27,46 @@ from . import scenes
 
 logger = logging.getLogger(__name__)
 
-CONFIG = VAEConfig(block_out_channels=(24, 32, 64, 64), layers_per_block=1, norm_num_groups=8)
+CONFIG = VAEConfig(block_out_channels=(24, 32, 64, 64), layers_per_block=1, norm_num_groups=4)
 LATENT_NOISE = 0.2
 MEAN_PENALTY = 3e-4
 PICTURE_PX = 128
 
 
-def picture_batch(rng: np.random.Generator, pool: list[scenes.Scene], count: int, crop_px: int) -> Tensor:
-    """Pictures [count, 3, crop_px, crop_px] in [-1, 1], cropped at random; three of four crops touch the object."""
+def draw_pictures(
+    pool: list[scenes.Scene], count: int, rng: np.random.Generator
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """`count` random pictures [128, 128, 3] uint8, each with the (row, column) of its object's centre."""
+    shown = [pool[i] for i in rng.integers(len(pool), size=count)]
+    return [
+        (scenes.draw(scene, rng, PICTURE_PX), np.array(scenes.PLACES[scene.place])[::-1] * PICTURE_PX)
+        for scene in shown
+    ]
+
+
+def crop_batch(
+    pictures: list[tuple[np.ndarray, np.ndarray]], rng: np.random.Generator, count: int, crop_px: int
+) -> Tensor:
+    """Crops [count, 3, crop_px, crop_px] in [-1, 1] of random pictures; three of four touch the object."""
+    room = PICTURE_PX - crop_px
     crops = []
-    for _ in range(count):
-        scene = pool[rng.integers(len(pool))]
-        picture = scenes.draw(scene, rng, PICTURE_PX)
-        room = PICTURE_PX - crop_px
-        corner = rng.integers(0, room + 1, size=2) if room else np.zeros(2, dtype=int)
-        if room and rng.random() < 0.75:
-            centre = np.array(scenes.PLACES[scene.place])[::-1] * PICTURE_PX
+    for index in rng.integers(len(pictures), size=count):
+        picture, centre = pictures[index]
+        corner = rng.integers(0, room + 1, size=2)
+        if rng.random() < 0.75:
             corner = np.clip(centre - crop_px / 2 + rng.integers(-20, 21, size=2), 0, room).astype(int)
         crops.append(picture[corner[0] : corner[0] + crop_px, corner[1] : corner[1] + crop_px])
     return torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def initialise(vae: VAE) -> None:
-    """Start from a network that only subsamples and enlarges: residual branches silent, resampling convolutions identity.
+    """Start from a network that only subsamples and enlarges: silent residual branches, identity resampling.
 
-    Colours then reach the output from the first step on, and training spends itself on edges.
+    Colours then reach the output from the first step on, and training spends itself on edges. The large biases are
+    for group norm, which divides a flat colour's strength away unless something constant stands beside it.
     """
+    for first in (vae.encoder.conv_in, vae.decoder.conv_in):
+        nn.init.uniform_(first.bias, -1.5, 1.5)
     for module in vae.modules():
         if isinstance(module, ResnetBlock):
             nn.init.zeros_(module.conv2.weight)
@@ -64,27 +80,27 @@ def initialise(vae: VAE) -> None:
             nn.init.zeros_(module.conv.bias)
 
 
-def train_vae(
-    *, steps: int, whole_steps: int, seed: int, device: torch.device, checkpoint: Path, batch: int = 8, lr: float = 2e-3
-) -> VAE:
-    """The trained VAE (fp32, eval), with `bn` statistics of its latents; also saved to `checkpoint`.
+STAGES = ((1100, 32, 32), (600, 64, 8), (150, PICTURE_PX, 2))
+"""(steps, crop in pixels, crops per step): the same work per step."""
 
-    `steps` on 64 px crops, then `whole_steps` on whole pictures.
-    """
+
+def train_vae(*, seed: int, device: torch.device, checkpoint: Path, lr: float = 3e-3) -> VAE:
+    """The trained VAE (fp32, eval), with `bn` statistics of its latents; also saved to `checkpoint`."""
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     pool, _ = scenes.split()
+    pictures = draw_pictures(pool, 3000, rng)
     vae = VAE(CONFIG)
     initialise(vae)
     vae.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=1e-4)
-    total = steps + whole_steps
+    plan = [(crop_px, count) for steps, crop_px, count in STAGES for _ in range(steps)]
+    total = len(plan)
     start = time.monotonic()
-    for step in range(total):
-        whole = step >= steps
+    for step, (crop_px, count) in enumerate(plan):
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1, (step + 1) / 50) * (0.02 + 0.49 * (1 + math.cos(math.pi * step / total)))
-        images = picture_batch(rng, pool, batch // 4 if whole else batch, PICTURE_PX if whole else 64).to(device)
+        images = crop_batch(pictures, rng, count, crop_px).to(device)
         mean, _ = vae.posterior(images)
         z = mean + LATENT_NOISE * torch.randn_like(mean)
         out = vae.decoder(vae.post_quant_conv(z))
@@ -106,19 +122,19 @@ def train_vae(
             )
         if step % 500 == 499 or step == total - 1:
             checkpoint.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(vae.state_dict(), checkpoint)
-    return finish_vae(vae, pool, seed, checkpoint)
+            save_file(vae.state_dict(), checkpoint)
+    return finish_vae(vae, pictures, seed, checkpoint)
 
 
 @torch.no_grad()
-def finish_vae(vae: VAE, pool: list[scenes.Scene], seed: int, checkpoint: Path) -> VAE:
+def finish_vae(vae: VAE, pictures: list[tuple[np.ndarray, np.ndarray]], seed: int, checkpoint: Path) -> VAE:
     """Measure `bn` over 512 whole pictures and save."""
     rng = np.random.default_rng([seed, 1])
     device = vae.quant_conv.weight.device
     packed = torch.cat(
-        [patchify(vae.posterior(picture_batch(rng, pool, 32, PICTURE_PX).to(device))[0]) for _ in range(16)]
+        [patchify(vae.posterior(crop_batch(pictures, rng, 32, PICTURE_PX).to(device))[0]) for _ in range(16)]
     )
     vae.bn.running_mean.copy_(packed.mean(dim=(0, 2, 3)))
     vae.bn.running_var.copy_(packed.var(dim=(0, 2, 3)))
-    torch.save(vae.state_dict(), checkpoint)
+    save_file(vae.state_dict(), checkpoint)
     return vae.eval()
