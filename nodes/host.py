@@ -492,6 +492,8 @@ def _load_vae(component, weight_dtype: str, disable_dynamic: bool = False):
     model = build_vae(component, ops=comfy.ops.disable_weight_init, dtype=vae.vae_dtype, device="cpu")
     model.__class__ = HostVAE
     model.eval().requires_grad_(False)
+    for weight in model.parameters():  # with dynamic VRAM the host's Linear keeps the file's type; buffers stay fp32
+        weight.data = weight.data.to(vae.vae_dtype)
     mm.archive_model_dtypes(model)
     vae.first_stage_model = model
     vae.patcher = _patcher_class(disable_dynamic)(model, load_device=vae.device, offload_device=mm.vae_offload_device())
