@@ -73,7 +73,7 @@ class ComfyUI:
     def get_json(self, path: str) -> Any:
         return json.loads(self.get(path))
 
-    def post(self, path: str, body: dict) -> tuple[int, dict]:
+    def post(self, path: str, body: Any) -> tuple[int, dict]:
         """(HTTP status, answer)."""
         data = json.dumps(body).encode()
         request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})

@@ -1,0 +1,119 @@
+"""One ComfyUI for all host tests: started once with this pack and a model in miniature, stopped at the end.
+
+    make test-host COMFYUI_DIR=/path/to/ComfyUI [COMFYUI_PYTHON=/path/to/its/python]
+
+Without COMFYUI_DIR every test here is skipped and says so. Pages are opened where playwright and a Chromium are found.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import comfyui_page
+import comfyui_server
+import pytest
+from comfyui_server import ComfyUI
+from ernie_pack.standalone import graph, load_node_classes
+from random_models import write_random_models
+from small_runs import WORKFLOWS
+
+SUPPORTED = (0, 12)
+TINY = comfyui_server.PACK / "tiny" / "ernie-image-tiny"
+
+
+@pytest.fixture(scope="session")
+def comfyui_folder() -> Path:
+    """The ComfyUI under test; skips where none is named."""
+    named = os.environ.get("COMFYUI_DIR")
+    if not named:
+        pytest.skip("no ComfyUI was started: name its folder with COMFYUI_DIR (make test-host COMFYUI_DIR=...)")
+    folder = Path(named).expanduser().resolve()
+    assert (folder / "main.py").is_file(), f"COMFYUI_DIR must be ComfyUI's folder, {folder} has no main.py"
+    return folder
+
+
+@pytest.fixture(scope="session")
+def any_server(comfyui_folder):
+    """A running ComfyUI of any version."""
+    base = Path(tempfile.mkdtemp(prefix="ernie-host-test."))
+    write_models(base / "models")
+    with comfyui_server.running_comfyui(comfyui_folder, base) as server:
+        yield server
+    shutil.rmtree(base, ignore_errors=True)
+
+
+def write_models(folder: Path) -> None:
+    """The tiny model under the released file names, or random weights where the trained ones are not there."""
+    if TINY.is_dir():
+        importlib.import_module("ernie_pack.tiny.package").export_single_files(folder)
+    else:
+        write_random_models(folder)
+
+
+@pytest.fixture(scope="session")
+def server(any_server) -> ComfyUI:
+    """A running ComfyUI that the pack supports."""
+    if any_server.version < SUPPORTED:
+        pytest.skip(f"ComfyUI {dotted(any_server.version)} is too old for the pack, which says so")
+    return any_server
+
+
+@pytest.fixture(scope="session")
+def nodes(server) -> dict:
+    """What the server says about its node types."""
+    return server.get_json("/object_info")
+
+
+@pytest.fixture
+def need(server, nodes):
+    """Skip, by name, a test whose core nodes this ComfyUI does not have."""
+
+    def check(*types: str) -> None:
+        absent = [name for name in types if name not in nodes]
+        if absent:
+            pytest.skip(f"ComfyUI {dotted(server.version)} has no {', '.join(absent)}")
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def pictures_folder() -> Path:
+    """Where pictures of pages go: HOST_PICTURES, else a new folder that stays."""
+    folder = Path(os.environ.get("HOST_PICTURES") or tempfile.mkdtemp(prefix="ernie-pages."))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def browser(server):
+    """ComfyUI's page in a headless Chromium; skips where there is none."""
+    missing = comfyui_page.why_no_browser()
+    if missing:
+        pytest.skip(missing)
+
+    def post_setting(name: str, value: object) -> None:
+        server.post(f"/settings/{name}", value)
+
+    with comfyui_page.open_page(server.url, post_setting) as page:
+        yield page
+
+
+@pytest.fixture(scope="session")
+def api_workflows(server, request) -> dict[str, tuple[dict, dict]]:
+    """Name -> (API format, UI format) of each workflow: as the page converts it, else as standalone does."""
+    if comfyui_page.why_no_browser() is None:
+        page = request.getfixturevalue("browser")
+        seen = {path.stem: page.open_workflow(path) for path in WORKFLOWS}
+        return {name: (one.prompt, one.page) for name, one in seen.items()}
+    classes = load_node_classes()
+    read = {path.stem: graph.read_workflow(path, classes) for path in WORKFLOWS}
+    return {path.stem: (read[path.stem].prompt, json.loads(path.read_text("utf-8"))) for path in WORKFLOWS}
+
+
+def dotted(version: tuple[int, ...]) -> str:
+    return ".".join(map(str, version))

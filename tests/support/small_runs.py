@@ -1,0 +1,43 @@
+"""Makes an API-format workflow small enough for a test: few pixels, few steps, few words."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
+
+SIDES = ("width", "height")
+MAX_WORDS = 12  # tokens that an enhancer with random weights writes; it never ends by itself
+
+
+def shrink(prompt: dict, *, side_px: int, steps: int) -> dict:
+    """A copy of an API-format workflow that draws `side_px` x `side_px` pictures in at most `steps` steps."""
+    small = copy.deepcopy(prompt)
+    for node in small.values():
+        inputs = node["inputs"]
+        if node["class_type"] == "PrimitiveInt" and (node.get("_meta") or {}).get("title", "").lower() in SIDES:
+            inputs["value"] = side_px
+        for side in SIDES:
+            if isinstance(inputs.get(side), int):
+                inputs[side] = side_px
+        if node["class_type"] == "ErnieEmptyLatent":
+            inputs["size"] = "custom"
+        if str(inputs.get("preset", "")).startswith("Base"):
+            inputs["preset"] = "custom"
+        if "steps" in inputs:
+            inputs["steps"] = min(steps, inputs["steps"])
+        if "max_new_tokens" in inputs:
+            inputs["max_new_tokens"] = MAX_WORDS
+    return small
+
+
+def saved_pictures(prompt: dict) -> int:
+    """How many pictures a run of one of our workflows writes into the output folder."""
+    count = sum(node["class_type"] == "SaveImage" for node in prompt.values())
+    for node in prompt.values():
+        if node["class_type"] == "ErnieBatchFromPrompts":
+            lines = node["inputs"]["source"].splitlines()
+            count += sum(bool(line.strip()) and not line.startswith("#") for line in lines)
+    return count
