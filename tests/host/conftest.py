@@ -40,7 +40,7 @@ def comfyui_folder() -> Path:
 @pytest.fixture(scope="session")
 def any_server(comfyui_folder):
     """A running ComfyUI of any version."""
-    base = Path(tempfile.mkdtemp(prefix="ernie-host-test."))
+    base = Path(tempfile.mkdtemp(prefix="comfyui-test."))
     write_models(base / "models")
     with comfyui_server.running_comfyui(comfyui_folder, base) as server:
         yield server

@@ -50,9 +50,9 @@ def test_every_node_is_there_with_its_texts(nodes):
         assert info["category"].startswith("ERNIE/")
         assert info["description"]
         assert all(info["output_name"]), name
-        for group in info["input"].values():
-            for input_name, spec in group.items():
-                assert isinstance(spec, str) or spec[1].get("tooltip"), (name, input_name)
+        for group in ("required", "optional"):
+            for input_name, spec in info["input"].get(group, {}).items():
+                assert spec[1].get("tooltip"), (name, input_name)
 
 
 def test_loaders_list_the_files_of_comfyuis_model_folders(nodes):

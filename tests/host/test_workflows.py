@@ -46,9 +46,13 @@ def test_it_runs(path, server, api_workflows):
     assert len(files) == made
     for file in files:
         check_picture(server.picture(file))
-    new = server.log_text()[len(before) :]
-    assert "WARNING" not in new.upper(), new[-2000:]
-    assert "Traceback" not in new, new[-2000:]
+    assert complaints(server.log_text()[len(before) :]) == []
+
+
+def complaints(log):
+    """Lines of a log that warn or report a failure; that the test itself allows few words is none."""
+    words = ("WARNING", "ERROR", "Traceback", "not loaded", "lora key")
+    return [line for line in log.splitlines() if any(w in line for w in words) and "was cut at" not in line]
 
 
 def check_picture(image):

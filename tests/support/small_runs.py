@@ -26,7 +26,7 @@ def shrink(prompt: dict, *, side_px: int, steps: int) -> dict:
             inputs["size"] = "custom"
         if str(inputs.get("preset", "")).startswith("Base"):
             inputs["preset"] = "custom"
-        if "steps" in inputs:
+        if "steps" in inputs and inputs.get("preset", "custom") == "custom":
             inputs["steps"] = min(steps, inputs["steps"])
         if "max_new_tokens" in inputs:
             inputs["max_new_tokens"] = MAX_WORDS
