@@ -146,9 +146,7 @@ def _border_line(picture: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _backdrops() -> dict[tuple[str, str], np.ndarray]:
     """Top and bottom colour, as one vector [6], of every (background, style)."""
     names = product(BACKGROUNDS, STYLES)
-    return {
-        (background, style): np.concatenate(background_ends(background, style)) for background, style in names
-    }
+    return {(background, style): np.concatenate(background_ends(background, style)) for background, style in names}
 
 
 def _nearest(point: np.ndarray, table: Mapping[Name, ArrayLike]) -> Name:

@@ -315,9 +315,7 @@ def long_description(given: Mapping[str, str], rng: np.random.Generator) -> str:
     for fact in ("shape", "color", "size", "place", "background"):
         options: Collection[str] = VALUES[fact]
         if fact == "color" and "background" in filled:
-            options = [
-                value for value in options if is_drawable(value, filled["background"], filled["style"])
-            ]
+            options = [value for value in options if is_drawable(value, filled["background"], filled["style"])]
         if fact == "background":
             options = [value for value in options if is_drawable(filled["color"], value, filled["style"])]
         filled.setdefault(fact, list(options)[rng.integers(len(options))])

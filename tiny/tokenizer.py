@@ -114,9 +114,7 @@ def build_tokenizer(*, prepend_bos: bool = True) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=_implied_merges(entries)))
     tokenizer.pre_tokenizer = _pre_tokenizer()
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(
-        [AddedToken(text, special=True, normalized=False) for text in SPECIAL_TOKENS]
-    )
+    tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in SPECIAL_TOKENS])
     if prepend_bos:
         bos = SPECIAL_TOKENS[1]
         tokenizer.post_processor = processors.TemplateProcessing(
@@ -152,9 +150,7 @@ def save_pe_tokenizer(folder: Path) -> None:
 def _save(folder: Path, tokenizer: Tokenizer) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True) + "\n", encoding="utf-8")
-    (folder / "tokenizer_config.json").write_text(
-        json.dumps(tokenizer_config(), indent=2) + "\n", encoding="utf-8"
-    )
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config(), indent=2) + "\n", encoding="utf-8")
 
 
 def to_tekken_bytes(tokenizer: Tokenizer) -> bytes:
@@ -184,8 +180,7 @@ def to_tekken_bytes(tokenizer: Tokenizer) -> bytes:
         },
         "vocab": vocab,
         "special_tokens": [
-            {"rank": index, "token_str": text, "is_control": True}
-            for index, text in enumerate(SPECIAL_TOKENS)
+            {"rank": index, "token_str": text, "is_control": True} for index, text in enumerate(SPECIAL_TOKENS)
         ],
     }
     return json.dumps(content, ensure_ascii=False).encode("utf-8")
@@ -193,9 +188,7 @@ def to_tekken_bytes(tokenizer: Tokenizer) -> bytes:
 
 def _system_prompt() -> str:
     """The fixed instruction inside the enhancer's chat template."""
-    match = re.search(
-        r"\[SYSTEM_PROMPT\](.+?)\[/SYSTEM_PROMPT\]", CHAT_TEMPLATE.read_text(encoding="utf-8"), re.DOTALL
-    )
+    match = re.search(r"\[SYSTEM_PROMPT\](.+?)\[/SYSTEM_PROMPT\]", CHAT_TEMPLATE.read_text(encoding="utf-8"), re.DOTALL)
     assert match, f"no system prompt in {CHAT_TEMPLATE.name}"
     return match[1]
 

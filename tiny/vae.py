@@ -10,7 +10,6 @@ the decoder forgive small errors, and a small penalty on the mean's square keeps
 from __future__ import annotations
 
 import logging
-import math
 import time
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from ..ernie_core.config import VAEConfig
 from ..ernie_core.model.vae import VAE, Downsample, ResnetBlock, SpatialAttention, Upsample
 from ..ernie_core.sampling.latents import patchify
 from . import scenes
+from .muon import Muon
 
 logger = logging.getLogger(__name__)
 
@@ -63,10 +63,12 @@ def initialise(vae: VAE) -> None:
     """Start from a network that only subsamples and enlarges: silent residual branches, identity resampling.
 
     Colours then reach the output from the first step on, and training spends itself on edges. The large biases are
-    for group norm, which divides a flat colour's strength away unless something constant stands beside it.
+    for group norm: its statistics mix object and background and divide a flat colour's strength away, unless
+    something constant outweighs both.
     """
     for first in (vae.encoder.conv_in, vae.decoder.conv_in):
-        nn.init.uniform_(first.bias, -1.5, 1.5)
+        first.weight.data.mul_(2)
+        first.bias.data.copy_(3 * torch.randn_like(first.bias).sign())
     for module in vae.modules():
         if isinstance(module, ResnetBlock):
             nn.init.zeros_(module.conv2.weight)
@@ -80,11 +82,11 @@ def initialise(vae: VAE) -> None:
             nn.init.zeros_(module.conv.bias)
 
 
-STAGES = ((1100, 32, 32), (600, 64, 8), (150, PICTURE_PX, 2))
+STAGES = ((600, 32, 32), (400, 64, 8), (200, PICTURE_PX, 2))
 """(steps, crop in pixels, crops per step): the same work per step."""
 
 
-def train_vae(*, seed: int, device: torch.device, checkpoint: Path, lr: float = 3e-3) -> VAE:
+def train_vae(*, seed: int, device: torch.device, checkpoint: Path, lr: float = 1e-2) -> VAE:
     """The trained VAE (fp32, eval), with `bn` statistics of its latents; also saved to `checkpoint`."""
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
@@ -93,22 +95,25 @@ def train_vae(*, seed: int, device: torch.device, checkpoint: Path, lr: float = 
     vae = VAE(CONFIG)
     initialise(vae)
     vae.to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=1e-4)
+    ends = {vae.encoder.conv_in.weight, vae.decoder.conv_out.weight}
+    inner = [w for w in vae.parameters() if w.ndim > 1 and w not in ends]
+    outer = [w for w in vae.parameters() if w.ndim <= 1 or w in ends]
+    optimizers = ((Muon(inner, lr=lr), lr), (torch.optim.AdamW(outer, betas=(0.9, 0.99), weight_decay=0), 0.4 * lr))
     plan = [(crop_px, count) for steps, crop_px, count in STAGES for _ in range(steps)]
     total = len(plan)
     start = time.monotonic()
     for step, (crop_px, count) in enumerate(plan):
-        for group in optimizer.param_groups:
-            group["lr"] = lr * min(1, (step + 1) / 50) * (0.02 + 0.49 * (1 + math.cos(math.pi * step / total)))
+        for optimizer, peak in optimizers:
+            optimizer.param_groups[0]["lr"] = peak * min(1, (step + 1) / 20) * (1 - step / total)
         images = crop_batch(pictures, rng, count, crop_px).to(device)
         mean, _ = vae.posterior(images)
         z = mean + LATENT_NOISE * torch.randn_like(mean)
         out = vae.decoder(vae.post_quant_conv(z))
         loss = F.l1_loss(out, images) + F.mse_loss(out, images) + MEAN_PENALTY * mean.square().mean()
-        optimizer.zero_grad(set_to_none=True)
+        vae.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
+        for optimizer, _ in optimizers:
+            optimizer.step()
         if step % 50 == 0 or step == total - 1:
             pace = (time.monotonic() - start) / (step + 1)
             logger.info(
@@ -121,9 +126,14 @@ def train_vae(*, seed: int, device: torch.device, checkpoint: Path, lr: float = 
                 pace,
             )
         if step % 500 == 499 or step == total - 1:
-            checkpoint.parent.mkdir(parents=True, exist_ok=True)
-            save_file(vae.state_dict(), checkpoint)
+            save(vae, checkpoint)
     return finish_vae(vae, pictures, seed, checkpoint)
+
+
+def save(vae: VAE, checkpoint: Path) -> None:
+    """Write the weights; channels_last tensors are made contiguous first, as safetensors wants them."""
+    checkpoint.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor.contiguous() for name, tensor in vae.state_dict().items()}, checkpoint)
 
 
 @torch.no_grad()
@@ -136,5 +146,5 @@ def finish_vae(vae: VAE, pictures: list[tuple[np.ndarray, np.ndarray]], seed: in
     )
     vae.bn.running_mean.copy_(packed.mean(dim=(0, 2, 3)))
     vae.bn.running_var.copy_(packed.var(dim=(0, 2, 3)))
-    save_file(vae.state_dict(), checkpoint)
+    save(vae, checkpoint)
     return vae.eval()
