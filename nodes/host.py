@@ -10,6 +10,7 @@ import functools
 import json
 import logging
 import os
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from torch import Tensor
 from ..ernie_core.config import BASE, MAX_TEXT_TOKENS, DiTConfig
 from ..ernie_core.errors import CheckpointError, ErnieError
 from ..ernie_core.model.dit import DiT
+from ..ernie_core.model.rope import RopeTable
 from ..ernie_core.model.vae import VAE
 from ..ernie_core.sampling.latents import latent_size
 from ..ernie_core.sampling.samplers import sample_euler
@@ -189,8 +191,7 @@ def _load_model(component, weight_dtype: str, disable_dynamic: bool):
 
 
 def _host_state_dict(component, *, keep_quantised: bool) -> dict[str, Tensor]:
-    """Weights as the host's layers read them: quantised ones with their scales if the host knows how, else "
-    "multiplied out."""
+    """Weights as the host's layers read them: quantised with their scales if the host knows how, else multiplied out."""
     from comfy.quant_ops import QUANT_ALGOS
 
     from ..ernie_core.weights.quantise import dequantise, to_comfy_layout
@@ -253,8 +254,7 @@ def _model_classes() -> tuple[type, type]:
             return out
 
         def process_timestep(self, timestep, **kwargs):
-            """Timesteps on the 0-1000 scale, also when a node (ModelSamplingAuraFlow, ModelSamplingFlux) made them "
-            "0-1."""
+            """Timesteps on the 0-1000 scale, also when ModelSamplingAuraFlow or ModelSamplingFlux made them 0-1."""
             top = float(self.model_sampling.timestep(1.0))  # plain numbers: nothing waits for the device
             if top == NUM_TRAIN_TIMESTEPS:
                 return timestep
@@ -282,6 +282,26 @@ def _adapter_class() -> type:
         def __init__(self, *, dtype, device, operations, image_model, **config):
             super().__init__(DiTConfig.from_dict(config), ops=operations, dtype=dtype, device=device)
             self.dtype = dtype
+            self._run_tables: dict[int, dict[tuple, RopeTable]] = {}
+
+        def _rope_of_run(self, x, text_length: int, options: dict[str, Any]) -> RopeTable:
+            """The table for this latent and text, computed once per sampling run and gone with it.
+
+            A run is known by its sigmas, a tensor that the host hands to every call and drops at the end.
+            """
+            sigmas = options.get("sample_sigmas")
+            tables: dict[tuple, RopeTable] = {}
+            if sigmas is not None:
+                if id(sigmas) not in self._run_tables:
+                    weakref.finalize(sigmas, self._run_tables.pop, id(sigmas), None)
+                tables = self._run_tables.setdefault(id(sigmas), tables)
+            rope_options = options.get("rope_options") or {}
+            key = (*x.shape[2:], text_length, x.device, x.dtype, *sorted(rope_options.items()))
+            if key not in tables:
+                tables[key] = self.rope(
+                    *x.shape[2:], [text_length], device=x.device, dtype=x.dtype, options=rope_options
+                )
+            return tables[key]
 
         def forward(self, x, timesteps, context=None, control=None, transformer_options={}, **kwargs):  # noqa: B006
             return WrapperExecutor.new_class_executor(
@@ -300,7 +320,8 @@ def _adapter_class() -> type:
                 out = optimized_attention(q, k, v, heads, transformer_options=options)
                 return out.unflatten(-1, (heads, -1))
 
-            return super().forward(x, timesteps, context, attend=attend, transformer_options=options)
+            rope = self._rope_of_run(x, context.shape[1], options)
+            return super().forward(x, timesteps, context, rope=rope, attend=attend, transformer_options=options)
 
     return HostDiT
 
@@ -563,7 +584,10 @@ def make_enhancer(component) -> PromptEnhancer:
     enhancer = build_enhancer(component, ops=comfy.ops.manual_cast, dtype=dtype, device=offload)
     enhancer.eval().requires_grad_(False)
     mm.archive_model_dtypes(enhancer)
-    patcher = _patcher_class()(enhancer, load_device=mm.text_encoder_device(), offload_device=offload)
+    # Not the dynamic patcher: it leaves the embedding on the meta device, and the answer's scores are read from it.
+    patcher = _patcher_class(disable_dynamic=True)(
+        enhancer, load_device=mm.text_encoder_device(), offload_device=offload
+    )
     return PromptEnhancer(patcher, str(component.source))
 
 

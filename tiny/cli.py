@@ -58,7 +58,7 @@ def train(args: argparse.Namespace) -> None:
         enhancer.train_enhancer(
             tokenizer,
             enhancer_config,
-            steps=1500,
+            steps=1000,
             seed=args.seed,
             device=device,
             checkpoint=work / "enhancer.safetensors",
@@ -108,7 +108,7 @@ def main() -> int:
     command.add_argument("--stage", choices=("all", *STAGES), default="all")
     command.add_argument("--work", type=Path, default=Path("out/tiny"), help="folder for checkpoints between stages")
     command.add_argument("--out", type=Path, default=package.FOLDER, help="folder of the finished model")
-    command.add_argument("--dit-steps", type=int, default=5000)
+    command.add_argument("--dit-steps", type=int, default=2600)
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--device", help="cuda or cpu; default: cuda where there is one")
     command.set_defaults(run=train)

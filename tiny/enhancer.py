@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import time
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from ..ernie_core.model.enhancer import Enhancer, render_prompt
 from ..ernie_core.model.text_encoder import Tokenizer
 from . import scenes
 from .dit import pad_ids
+from .muon import Muon
 
 logger = logging.getLogger(__name__)
 
@@ -46,20 +46,23 @@ def train_enhancer(
     seed: int,
     device: torch.device,
     checkpoint: Path,
-    batch: int = 24,
-    lr: float = 3e-3,
+    batch: int = 16,
+    lr: float = 4e-3,
 ) -> Enhancer:
     """The trained enhancer (fp32, eval); saved to `checkpoint`. The loss is on the answer only."""
     torch.manual_seed(seed)
     pool, _ = scenes.split()
     model = Enhancer(config, tokenizer).to(device).train()
     torch.nn.init.normal_(model.embed_tokens.weight, std=0.05)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
+    words = model.embed_tokens.weight
+    matrices = [w for w in model.parameters() if w.ndim > 1 and w is not words]
+    others = [w for w in model.parameters() if w.ndim <= 1 or w is words]
+    optimizers = ((Muon(matrices, lr=lr), lr), (torch.optim.AdamW(others, betas=(0.9, 0.98)), lr))
     eos = tokenizer.eos_id
     start = time.monotonic()
     for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = lr * min(1, (step + 1) / 100) * (0.02 + 0.49 * (1 + math.cos(math.pi * step / steps)))
+        for optimizer, peak in optimizers:
+            optimizer.param_groups[0]["lr"] = peak * min(1, (step + 1) / 50, 1.3 * (1 - step / steps))
         rng = np.random.default_rng([seed, 4, step])
         pairs = [training_pair(pool, rng) for _ in range(batch)]
         questions = [tokenizer.encode(question) for question, _ in pairs]
@@ -69,10 +72,10 @@ def train_enhancer(
         for row, (q, a) in enumerate(zip(questions, answers, strict=True)):
             target[row, len(q) - 1 : len(q) + len(a) - 1] = torch.tensor(a, device=device)
         loss = F.cross_entropy(logits(model, ids).flatten(0, 1), target.flatten(), ignore_index=-100)
-        optimizer.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        for optimizer, _ in optimizers:
+            optimizer.step()
         if step % 100 == 0 or step == steps - 1:
             pace = (time.monotonic() - start) / (step + 1)
             logger.info("enhancer step %d/%d  loss %.4f  %.2f s/step", step, steps, loss.item(), pace)
