@@ -21,6 +21,7 @@ OUR_NODES = {
     "ErnieSampler",
     "ErnieSigmas",
 }
+COLOUR = re.compile(r"\x1b\[[\d;]*m")
 FAILURE = re.compile(r"IMPORT FAILED|Cannot import|Error while calling comfy_entrypoint|Traceback|SyntaxWarning")
 
 
@@ -30,9 +31,10 @@ def start_log(server):
 
 def about_us(text):
     """Log lines that name the pack, less the one that says how long its import took."""
-    lines = [line for line in text.splitlines() if PACK_NAME in line or "ERNIE" in line.upper()]
-    timing = re.compile(rf"^(\[INFO\] )?\s*[\d.]+ seconds( \(.*\))?: .*{PACK_NAME}$")
-    return [line for line in lines if not timing.match(line) and "To see the GUI" not in line]
+    plain = COLOUR.sub("", text)
+    lines = [line for line in plain.splitlines() if PACK_NAME in line or "ERNIE" in line.upper()]
+    timing = re.compile(rf"^(\[INFO\])?\s*[\d.]+ seconds: .*{PACK_NAME}$")
+    return [line for line in lines if not timing.match(line)]
 
 
 def test_the_pack_loads_without_a_word(server):
