@@ -37,8 +37,10 @@ def _unpack(packed: Tensor, lengths: Sequence[int], padded: int) -> Tensor:
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int] | None) -> Tensor:
     mask = None
     if lengths is not None:
-        valid = torch.tensor(lengths, device=q.device)[:, None]
-        mask = (torch.arange(k.shape[1], device=q.device) < valid)[:, None, None, :]
+        # Filled in place: a tensor made from the list would be copied to the device, and every block would wait for it.
+        mask = torch.ones(len(lengths), 1, 1, k.shape[1], dtype=torch.bool, device=q.device)
+        for row, n in zip(mask, lengths, strict=True):
+            row[..., n:].fill_(False)
     out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask)
     return out.transpose(1, 2)
 
@@ -54,7 +56,10 @@ def _xformers(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int] | None) ->
 
 
 def _cumulative(lengths: Sequence[int], device: torch.device) -> Tensor:
-    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+    edges = torch.zeros(len(lengths) + 1, dtype=torch.int32, device=device)
+    for edge, end in zip(edges[1:], accumulate(lengths), strict=True):
+        edge.fill_(end)
+    return edges
 
 
 def _flash3(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int] | None) -> Tensor:

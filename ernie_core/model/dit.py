@@ -30,10 +30,11 @@ Modulation = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def timestep_embedding(timesteps_B: Tensor, dim: int) -> Tensor:
-    """Sinusoid [B, dim] in fp32, sines first: frequencies exp(-ln(10000) k / (dim/2)); timesteps on the 0-1000 scale."""
+    """Sinusoid [B, dim] in fp32, sines first, frequencies exp(-ln(10000) k / (dim/2)); timesteps count to 1000."""
     half = dim // 2
     k = torch.arange(half, dtype=torch.float32, device=timesteps_B.device)
-    phase = timesteps_B.float()[:, None] * torch.exp(-math.log(10000) / half * k)
+    # Multiplied before divided, as the reference does: fp32 rounds the other order differently.
+    phase = timesteps_B.float()[:, None] * torch.exp(-math.log(10000) * k / half)
     return torch.cat([phase.sin(), phase.cos()], dim=-1)
 
 
@@ -200,7 +201,8 @@ class DiT(nn.Module):
             x_BCHW: noisy latent, normalised.
             timesteps_B: 1000 * sigma, kept in fp32 whatever the dtype of `x_BCHW`.
             text_BTD: text features, right-padded when `text_lengths` differ.
-            text_lengths: true lengths; None when nothing is padded (then no mask exists anywhere).
+            text_lengths: true lengths; None when nothing is padded. Padding that no sample needs is cut off, and where
+                all are equal no mask exists anywhere.
             rope: table from `self.rope`; None computes it here, once per call.
             attend: attention function, called as attend(q_BSNK, k_BSNK, v_BSNK, lengths).
             transformer_options: the host's dictionary. Block patches ("patches": post_input, single_block,
@@ -211,20 +213,23 @@ class DiT(nn.Module):
         Raises:
             ErnieError: channels or text width are another model's.
         """
-        batch, channels, height, width = x_BCHW.shape
+        _, channels, height, width = x_BCHW.shape
         p = self.config.patch_size
         if channels != self.config.in_channels:
             raise ErnieError(
-                f"the latent must have {self.config.in_channels} channels, got {channels}: it is another model's latent."
+                f"the latent must have {self.config.in_channels} channels, got {channels}: "
+                "it is another model's latent."
             )
         if text_BTD.shape[-1] != self.config.text_in_dim:
             raise ErnieError(
                 f"the conditioning must be {self.config.text_in_dim} wide, got {text_BTD.shape[-1]}: "
                 "encode the prompt with this model's text encoder."
             )
+        if text_lengths is not None:
+            text_BTD = text_BTD[:, : max(text_lengths)]
+            if len(set(text_lengths)) == 1:
+                text_lengths = None
         padded = text_BTD.shape[1]
-        if text_lengths is not None and all(n == padded for n in text_lengths):
-            text_lengths = None
         options = transformer_options if transformer_options is not None else {}
         tokens = (height // p) * (width // p)
         lengths = None if text_lengths is None else [tokens + n for n in text_lengths]

@@ -38,7 +38,7 @@ def positions(
 def angles(position_S3: Tensor, axes_dim: Sequence[int], theta: float) -> Tensor:
     """Angles [S, K/2]: pos * theta^(-2k/d) for each axis of width d, axes concatenated, float64.
 
-    In bf16 positions above 256 would collapse onto each other; in float64 nothing is lost, and it runs once per picture.
+    In bf16 positions above 256 would collapse onto each other; in float64 nothing is lost, and it runs once a picture.
     """
     return torch.cat(
         [

@@ -16,7 +16,7 @@ def cfg_velocity(velocity_cond: Tensor, velocity_uncond: Tensor, cfg: float) -> 
 
 
 def with_cfg(cond: Denoise, uncond: Denoise | None, cfg: float) -> Denoise:
-    """A denoiser under guidance: two calls at their true text lengths, or one when cfg is 1 or less (the official rule).
+    """A denoiser under guidance: two calls at their true text lengths, or one when cfg is at most 1, as officially.
 
     Sequential calls beat the padded, masked batch of the reference: nothing is padded, so no mask keeps the fast
     attention kernels away, and an empty negative prompt costs one text token.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 from torch import Tensor
 
@@ -20,12 +21,12 @@ def sample_euler(denoise: Denoise, x_BCHW: Tensor, sigmas: Tensor, *, on_step: O
     model computes in. Source: FlowMatchEulerDiscreteScheduler.step (diffusers).
 
     Raises:
-        ErnieError: `x_BCHW` or a prediction is not finite (says at which step).
+        ErnieError: the result is not finite: `x_BCHW` or a prediction was not.
     """
     x = x_BCHW.float()
     grid = sigmas.tolist()
     steps = len(grid) - 1
-    for step, (sigma, sigma_next) in enumerate(zip(grid[:-1], grid[1:], strict=True)):
+    for step, (sigma, sigma_next) in enumerate(pairwise(grid)):
         velocity = denoise(x, sigma).float()
         if on_step is not None:
             on_step(step, steps, x, x - sigma * velocity)
@@ -33,7 +34,7 @@ def sample_euler(denoise: Denoise, x_BCHW: Tensor, sigmas: Tensor, *, on_step: O
     # One look at the end, not one per step: reading a flag back would stall the device every time.
     if not bool(x.isfinite().all()):
         raise ErnieError(
-            "sampling ended in NaN or infinite values. Look for NaN in the input latent, a broken LoRA, or fp16 weights "
-            "(use bf16 or fp32)."
+            "sampling ended in NaN or infinite values. Look for NaN in the input latent, a broken LoRA, "
+            "or fp16 weights (use bf16 or fp32)."
         )
     return x
