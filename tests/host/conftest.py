@@ -18,7 +18,7 @@ import comfyui_page
 import comfyui_server
 import pytest
 from comfyui_server import ComfyUI
-from ernie_pack.standalone import graph, load_node_classes
+from ernie_pack.standalone import graph, host, load_node_classes
 from random_models import write_random_models
 from small_runs import WORKFLOWS
 
@@ -110,9 +110,11 @@ def api_workflows(server, request) -> dict[str, tuple[dict, dict]]:
         page = request.getfixturevalue("browser")
         seen = {path.stem: page.open_workflow(path) for path in WORKFLOWS}
         return {name: (one.prompt, one.page) for name, one in seen.items()}
-    classes = load_node_classes()
-    read = {path.stem: graph.read_workflow(path, classes) for path in WORKFLOWS}
-    return {path.stem: (read[path.stem].prompt, json.loads(path.read_text("utf-8"))) for path in WORKFLOWS}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(host, "session", host.Session(models=server.base / "models"))
+        classes = load_node_classes()
+        prompts = {path.stem: graph.read_workflow(path, classes).prompt for path in WORKFLOWS}
+    return {path.stem: (prompts[path.stem], json.loads(path.read_text("utf-8"))) for path in WORKFLOWS}
 
 
 def dotted(version: tuple[int, ...]) -> str:

@@ -45,7 +45,9 @@ IS_READY = """() => {
     Object.keys(window.LiteGraph?.registered_node_types ?? {}).length > 50 && app.graph
 }"""
 
-LOAD = "async ([graph, name]) => { await (window.comfyAPI?.app?.app ?? window.app).loadGraphData(graph, true, true, name) }"
+LOAD = """async ([graph, name]) => {
+  await (window.comfyAPI?.app?.app ?? window.app).loadGraphData(graph, true, true, name)
+}"""
 
 TO_PROMPT = """async () => {
   const { output, workflow } = await (window.comfyAPI?.app?.app ?? window.app).graphToPrompt()
@@ -74,7 +76,8 @@ INSPECT = """(file) => {
     for (const w of n.widgets ?? []) {
       const choices = typeof w.options?.values === 'function' ? null : w.options?.values
       if (w.type === 'combo' && Array.isArray(choices) && w.value !== undefined && !choices.includes(w.value)) {
-        problems.push(`${at}: ${w.name} holds ${JSON.stringify(w.value)}, not one of ${JSON.stringify(choices.slice(0, 8))}`)
+        const few = JSON.stringify(choices.slice(0, 8))
+        problems.push(`${at}: ${w.name} holds ${JSON.stringify(w.value)}, not one of ${few}`)
       }
       if (typeof w.value === 'number' && Number.isNaN(w.value)) problems.push(`${at}: ${w.name} is NaN`)
     }
@@ -104,12 +107,14 @@ INSPECT = """(file) => {
     saved.forEach((w, i) => {
       const was = n.widgets_values[i]
       if (was !== undefined && was !== null && JSON.stringify(w.value) !== JSON.stringify(was)) {
-        problems.push(`node ${n.id} (${n.type}): ${w.name} is ${JSON.stringify(w.value)}, the file has ${JSON.stringify(was)}`)
+        const [now, before] = [w.value, was].map((v) => JSON.stringify(v))
+        problems.push(`node ${n.id} (${n.type}): ${w.name} is ${now}, the file has ${before}`)
       }
     })
   }
   const header = LG.NODE_TITLE_HEIGHT
-  const boxes = nodes.map((n) => ({ id: n.id, x: n.pos[0], y: n.pos[1] - header, w: n.size[0], h: n.size[1] + header }))
+  const box = ({ id, pos, size }) => ({ id, x: pos[0], y: pos[1] - header, w: size[0], h: size[1] + header })
+  const boxes = nodes.map(box)
   for (const a of boxes) for (const b of boxes) {
     if (a.id < b.id && a.x < b.x + b.w && b.x < a.x + a.w && a.y < b.y + b.h && b.y < a.y + a.h) {
       problems.push(`nodes ${a.id} and ${b.id} overlap`)

@@ -1,6 +1,7 @@
 """Starts an existing ComfyUI folder headless with this pack in it, and talks to it over HTTP.
 
-The folder stays untouched: models, output, user data and the link to the pack live in a base directory of the test's own.
+The folder stays untouched: models, output, user data and the link to the pack live in a base directory of the
+test's own.
 """
 
 from __future__ import annotations
@@ -131,7 +132,7 @@ class ComfyUI:
             time.sleep(0.05)
 
     def fetch(self, file: dict[str, str]) -> bytes:
-        names = {"filename": file["filename"], "subfolder": file.get("subfolder", ""), "type": file.get("type", "output")}
+        names = {"subfolder": "", "type": "output"} | file
         return self.get("/view?" + urllib.parse.urlencode(names))
 
     def picture(self, file: dict[str, str]) -> Image.Image:
