@@ -6,6 +6,7 @@ released value; other sizes are read from a state dict (`from_state_dict`) or fr
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -14,6 +15,8 @@ from .errors import CheckpointError, ErnieError
 
 SIZE_MULTIPLE = 16  # pixels per latent cell: 8x convolutional VAE, then 2x2 patchify
 MAX_TEXT_TOKENS = 2048  # tokenizer_config.json, model_max_length
+MAX_SIZE = 8192  # pixels a side; far above what the model was trained on
+MAX_STEPS = 1000
 
 # width x height, model card of baidu/ERNIE-Image
 OFFICIAL_SIZES: tuple[tuple[int, int], ...] = (
@@ -171,7 +174,7 @@ class VAEConfig:
 
     @classmethod
     def from_state_dict(cls, state_dict: Mapping[str, Any]) -> VAEConfig:
-        """Read widths and depth from tensor shapes (diffusers names); the group count is 32, or the narrowest width."""
+        """Read widths and depth from tensor shapes (diffusers names); the group count is 32, or the largest power of two that divides all widths."""
         try:
             levels = 1 + max(int(k.split(".")[2]) for k in state_dict if k.startswith("encoder.down_blocks."))
             widths = tuple(
@@ -191,7 +194,7 @@ class VAEConfig:
             block_out_channels=widths,
             decoder_block_out_channels=None if decoder == widths else decoder,
             layers_per_block=depth,
-            norm_num_groups=min(32, *widths, *decoder),
+            norm_num_groups=math.gcd(32, *widths, *decoder),
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -45,7 +45,6 @@ ROPE_PARAMETERS = {  # text_encoder/config.json of the release
     "rope_theta": 1e6,
     "factor": 16.0,
     "original_max_position_embeddings": 16384,
-    "max_position_embeddings": 262144,
     "beta_fast": 32.0,
     "beta_slow": 1.0,
     "mscale": 1.0,
