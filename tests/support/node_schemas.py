@@ -45,7 +45,8 @@ def find_classes() -> dict[str, type]:
     return {cls.__name__: cls for cls in asyncio.run(extension.get_node_list())}
 
 
-if __name__ == "__main__":
+def load_nodes() -> dict[str, type]:
+    """The node classes outside a test run: loads the pack, and lets the recording host list the files."""
     from recording_host import RecordingHost
 
     spec = importlib.util.spec_from_file_location("tests_conftest", ROOT / "tests" / "conftest.py")
@@ -54,5 +55,9 @@ if __name__ == "__main__":
     classes = find_classes()
     for node in classes.values():
         sys.modules[node.__module__].host = RecordingHost(ROOT)
-    described = {node_id: describe(node) for node_id, node in classes.items()}
+    return classes
+
+
+if __name__ == "__main__":
+    described = {node_id: describe(node) for node_id, node in load_nodes().items()}
     sys.stdout.write(json.dumps(described, indent=1, ensure_ascii=False) + "\n")
