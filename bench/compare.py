@@ -100,10 +100,11 @@ def compare(
     peer: Callable[[], Any],
     peer_name: str,
     at_least: float,
+    at_most_ms: float | None = None,
     rounds: int = 15,
     seconds: Callable[[Callable[[], Any]], float] = process_seconds,
 ) -> Row:
-    """The row of a paired timing whose target is a ratio."""
+    """The row of a paired timing: the target is a ratio, and a time of ours where `at_most_ms` is given."""
     our_times, peer_times = alternate(ours, peer, rounds=rounds, seconds=seconds)
     ratios = tuple(p / o for o, p in zip(our_times, peer_times, strict=True))
     return Row(
@@ -112,8 +113,8 @@ def compare(
         ours=_milliseconds(our_times),
         peer=_milliseconds(peer_times),
         ratios=ratios,
-        target=f">= {at_least:g}x",
-        met=median(ratios) >= at_least,
+        target=f">= {at_least:g}x" + ("" if at_most_ms is None else f", <= {at_most_ms:g} ms"),
+        met=median(ratios) >= at_least and (at_most_ms is None or 1000 * median(our_times) <= at_most_ms),
     )
 
 

@@ -1,0 +1,39 @@
+"""Command line of the benchmarks."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+from collections.abc import Sequence
+
+# name on the command line -> module; `all` runs them in this order
+BENCHMARKS = {
+    "traffic": "traffic",
+    "import": "import_time",
+    "dit": "dit",
+    "cfg": "cfg",
+    "vae": "vae",
+    "gpu": "gpu",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the named benchmarks and print one table; 0 unless one could not run."""
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument("names", nargs="+", choices=[*BENCHMARKS, "all"], metavar="NAME", help="|".join(BENCHMARKS))
+    names = parser.parse_args(arguments).names
+    if "all" in names:
+        names = list(BENCHMARKS)
+
+    import torch
+
+    from .compare import heading_lines, table_line
+
+    # Several threads on a shared machine measure the neighbours.
+    torch.set_num_threads(1)
+    for line in heading_lines():
+        print(line)
+    for name in names:
+        for row in importlib.import_module(f".{BENCHMARKS[name]}", __package__).measure():
+            print(table_line(row.cells()), flush=True)
+    return 0
