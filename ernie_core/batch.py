@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .config import check_size
+from .config import MAX_SIZE, MAX_STEPS, check_size
 from .errors import ErnieError
 
 logger = logging.getLogger(__name__)
@@ -102,7 +102,8 @@ def read_rows(source: str, defaults: Row, *, folder: Path | None = None) -> tupl
             problems.append(Problem(label=label, reason=str(e)))
     if not rows:
         detail = "; ".join(str(p) for p in problems[:5]) or "it holds no prompts"
-        raise ErnieError(f"the prompt list has no usable row ({detail}). Write one prompt per line.")
+        advice = "Correct these rows and run again." if problems else "Write one prompt per line."
+        raise ErnieError(f"the prompt list has no usable row ({detail}). {advice}")
     return rows, problems
 
 
@@ -216,10 +217,14 @@ def _make_row(label: str, values: dict[str, Any], defaults: Row, place: int) -> 
     if "\ufffd" in row.prompt + row.negative:
         raise ErnieError("is not UTF-8 text; save the file as UTF-8")
     check_size(row.width, row.height)
+    if max(row.width, row.height) > MAX_SIZE:
+        raise ErnieError(f"width and height must be at most {MAX_SIZE}, got {row.width} and {row.height}")
     if not 0 <= row.seed <= MAX_SEED:
         raise ErnieError(f"seed must lie between 0 and {MAX_SEED}, got {row.seed}")
     if row.steps < 1:
         raise ErnieError(f"steps must be at least 1, got {row.steps}")
+    if row.steps > MAX_STEPS:
+        raise ErnieError(f"steps must be at most {MAX_STEPS}, got {row.steps}")
     if not (0 <= row.cfg < float("inf")):
         raise ErnieError(f"cfg must be 0 or more, got {row.cfg:g}")
     if not (0 < row.shift < float("inf")):
@@ -231,12 +236,17 @@ def run_folder(output: Path, name: str) -> Path:
     """The folder `name` inside `output`, made if needed.
 
     Raises:
-        ErnieError: `name` is empty or leads outside `output`.
+        ErnieError: `name` is empty or leads outside `output`, or the folder cannot be made.
     """
     folder = (output / name.strip()).resolve()
     if not name.strip() or not folder.is_relative_to(output.resolve()) or folder == output.resolve():
         raise ErnieError(f"name must be a folder inside the output folder, such as 'batch', got {name!r}.")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise ErnieError(
+            f"the folder {folder} could not be made ({e.strerror or e}). Take another name, or free some space."
+        ) from e
     return folder
 
 
@@ -271,22 +281,40 @@ def read_manifest(folder: Path) -> dict[str, str]:
 
 
 def append_manifest(folder: Path, row: Row, file: str) -> None:
-    """Add one line and force it to disk; call it after the picture is written."""
+    """Add one line and force it to disk; call it after the picture is written.
+
+    Raises:
+        ErnieError: the disk is full or the folder cannot be written to.
+    """
+    path = folder / MANIFEST
     entry = {"hash": row.hash, "file": file, **asdict(row)}
-    with (folder / MANIFEST).open("a+b") as f:
-        if f.tell():
-            f.seek(-1, os.SEEK_END)
-            if f.read(1) != b"\n":  # a run was killed while writing its last line
-                f.write(b"\n")
-        f.write(json.dumps(entry, ensure_ascii=False).encode() + b"\n")
-        f.flush()
-        os.fsync(f.fileno())
+    try:
+        with path.open("a+b") as f:
+            if f.tell():
+                f.seek(-1, os.SEEK_END)
+                if f.read(1) != b"\n":  # a run was killed while writing its last line
+                    f.write(b"\n")
+            f.write(json.dumps(entry, ensure_ascii=False).encode() + b"\n")
+            f.flush()
+            os.fsync(f.fileno())
+    except OSError as e:
+        raise ErnieError(
+            f"{path} could not be written ({e.strerror or e}). Free some space and run again: finished pictures are "
+            "kept."
+        ) from e
 
 
 def read_image(path: Path) -> Tensor:
-    """A picture file as a float tensor [H, W, 3] in [0, 1]."""
-    with Image.open(path) as image:
-        return torch.from_numpy(np.asarray(image.convert("RGB")).astype(np.float32) / 255.0)
+    """A picture file as a float tensor [H, W, 3] in [0, 1].
+
+    Raises:
+        ErnieError: it is damaged or no picture.
+    """
+    try:
+        with Image.open(path) as image:
+            return torch.from_numpy(np.asarray(image.convert("RGB")).astype(np.float32) / 255.0)
+    except (OSError, SyntaxError) as e:  # PIL: SyntaxError for a broken PNG chunk
+        raise ErnieError(f"{path} cannot be read as a picture ({e}). Delete it and run again: it is made anew.") from e
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -200,10 +200,11 @@ class ErnieLoadImageModel(io.ComfyNode):
 
         kinds = ("transformer", "text_encoder", "vae", *(["enhancer"] if load_enhancer else []))
         path = find_folder(folder, kinds, download=download)
-        model = host.make_model(read_component(path, "transformer"), weight_dtype=weight_dtype)
-        clip = host.make_clip(read_component(path, "text_encoder"), rope=rope)
-        vae = host.make_vae(read_component(path, "vae"), weight_dtype="default")
-        enhancer = host.make_enhancer(read_component(path, "enhancer")) if load_enhancer else None
+        parts = {kind: read_component(path, kind) for kind in kinds}  # all are checked before one is built
+        model = host.make_model(parts["transformer"], weight_dtype=weight_dtype)
+        clip = host.make_clip(parts["text_encoder"], rope=rope)
+        vae = host.make_vae(parts["vae"], weight_dtype="default")
+        enhancer = host.make_enhancer(parts["enhancer"]) if load_enhancer else None
         return io.NodeOutput(model, clip, vae, enhancer)
 
 

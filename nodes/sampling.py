@@ -6,7 +6,7 @@ import logging
 
 from comfy_api.latest import io
 
-from ..ernie_core.config import BASE, OFFICIAL_SIZES, SIZE_MULTIPLE, TURBO, SamplingPreset
+from ..ernie_core.config import BASE, MAX_SIZE, MAX_STEPS, OFFICIAL_SIZES, SIZE_MULTIPLE, TURBO, SamplingPreset
 from ..ernie_core.errors import ErnieError
 from . import host
 
@@ -15,7 +15,6 @@ logger = logging.getLogger(__name__)
 CATEGORY = "ERNIE/sampling"
 CUSTOM = "custom"
 MAX_SEED = 0xFFFFFFFFFFFFFFFF
-MAX_SIZE = 8192  # pixels; far above what the model was trained on
 
 SIZES: dict[str, tuple[int, int]] = {f"{w} x {h}": (w, h) for w, h in OFFICIAL_SIZES}
 PRESETS: dict[str, SamplingPreset] = {
@@ -35,7 +34,7 @@ DENOISE_TOOLTIP = (
 
 
 def steps_input(id: str = "steps", tooltip: str = STEPS_TOOLTIP) -> io.Int.Input:
-    return io.Int.Input(id, default=BASE.steps, min=1, max=1000, tooltip=tooltip)
+    return io.Int.Input(id, default=BASE.steps, min=1, max=MAX_STEPS, tooltip=tooltip)
 
 
 def cfg_input(tooltip: str) -> io.Float.Input:

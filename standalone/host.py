@@ -232,7 +232,7 @@ def save_png(
 ) -> None:
     """Write a picture in [0, 1] with `prompt` and `workflow` inside, so that it can be dragged into ComfyUI.
 
-    The file appears under its name only when it is complete.
+    The file appears under its name only when it is complete; ErnieError when the disk is full or cannot be written to.
     """
     import numpy as np
     from PIL import Image
@@ -246,17 +246,23 @@ def save_png(
         info.add_text(name, json.dumps(value))
     for name, text in (entries or {}).items():
         info.add_text(name, text)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}", suffix=".part")
+    temporary = None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}", suffix=".part")
         with os.fdopen(handle, "wb") as file:
             Image.fromarray(pixels).save(file, format="PNG", pnginfo=info, compress_level=4)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+        temporary = None
+    except OSError as e:
+        raise ErnieError(
+            f"{path} could not be written ({e.strerror or e}). Free some space or choose another folder."
+        ) from e
+    finally:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
     session.saved.append(path)
 
 
@@ -477,18 +483,16 @@ def sample_from_noise(
     from ..ernie_core.sampling.latents import mix_noise
     from ..ernie_core.sampling.samplers import sample_euler
 
-    start = latent["samples"].float()
-    if start.ndim != 4 or start.shape[1] != LATENT_CHANNELS:
-        raise ErnieError(
-            f"a latent [batch, {LATENT_CHANNELS}, height / 16, width / 16] expected, got {list(start.shape)}: "
-            "it is another model's; make it with Empty Latent (ERNIE), EmptyFlux2LatentImage, or VAEEncode."
-        )
+    start = _check_latent(latent).float()
     if len(sigmas) < 2:  # denoise 0
         return start, start
     if negative is None and cfg != 1:
         raise ErnieError(
             f"a negative prompt expected at cfg {cfg:g}, none came; connect one, or set cfg to 1."
         )
+    for name, conditioning in (("positive", positive), ("negative", negative)):
+        if conditioning is not None:
+            _check_conditioning(model.dit.config.text_in_dim, name, conditioning)
     where = device()
     dit = _bring(model.dit)
     start, noise = start.to(where), noise.to(where)
@@ -511,14 +515,43 @@ def sample_from_noise(
     return x.cpu().clone(), last.cpu().clone()
 
 
+def _check_latent(latent: Mapping[str, Any]) -> Tensor:
+    """Return the samples; ErnieError when they are another model's or not finite."""
+    samples = latent["samples"]
+    if samples.ndim != 4 or samples.shape[1] != LATENT_CHANNELS:
+        raise ErnieError(
+            f"a latent [batch, {LATENT_CHANNELS}, height / 16, width / 16] expected, got {list(samples.shape)}: "
+            "it is another model's; make it with Empty Latent (ERNIE), EmptyFlux2LatentImage, or VAEEncode."
+        )
+    if not bool(samples.isfinite().all()):
+        raise ErnieError(
+            "a latent of finite numbers expected, this one holds NaN or infinite values; "
+            "look at the node that made it."
+        )
+    return samples
+
+
+def _check_conditioning(width: int, name: str, conditioning: list) -> None:
+    if len(conditioning) != 1:
+        raise ErnieError(
+            f"one conditioning expected as {name} without ComfyUI, {len(conditioning)} came; run this in ComfyUI."
+        )
+    text_BTD = conditioning[0][0]
+    if text_BTD.ndim != 3 or text_BTD.shape[2] != width:
+        raise ErnieError(
+            f"{name} [batch, tokens, {width}] expected, got {list(text_BTD.shape)}: another model's text encoder made "
+            "it; encode the prompt with Load Text Encoder (ERNIE)."
+        )
+    if not bool(text_BTD.isfinite().all()):
+        raise ErnieError(
+            f"{name} of finite numbers expected, it holds NaN or infinite values; look at the node that made it."
+        )
+
+
 def _make_denoise(dit: Any, conditioning: list, batch: int, size: tuple[int, int]) -> Denoise:
     """Return denoise(x, sigma) under one prompt; a conditioning batch repeats to the latent's batch, as on the host."""
     from ..ernie_core.pipeline import make_denoise
 
-    if len(conditioning) != 1:
-        raise ErnieError(
-            f"one conditioning expected without ComfyUI, {len(conditioning)} combined ones came; run this in ComfyUI."
-        )
     text_BTD = conditioning[0][0]
     return make_denoise(dit, [text_BTD[i % len(text_BTD)] for i in range(batch)], *size)
 
@@ -573,7 +606,7 @@ def _decode_each(latent: Mapping[str, Any], run: Callable[[Tensor], Tensor], vae
     weight = next(vae.parameters())
     pictures = []
     with torch.inference_mode():
-        for one in latent["samples"].split(1):
+        for one in _check_latent(latent).split(1):
             throw_if_interrupted()
             image_BCHW = run(one.to(weight))
             pictures.append((image_BCHW.float().cpu() / 2 + 0.5).clamp(0, 1).movedim(1, -1).clone())

@@ -174,13 +174,19 @@ class Tokenizer:
 
         Names of special tokens in the text ("[INST]") become those tokens, as in the official pipeline. A
         text that begins with "<s>" already has its BOS. Ids beyond `max_tokens` (BOS included; None = no
-        limit) are cut off with a warning. `bos=False` adds none.
+        limit) are cut off with a warning. Half an emoji (a lone surrogate) becomes U+FFFD. `bos=False` adds none.
         """
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         if bos and ids[:1] != [self.bos_id]:
             ids = [self.bos_id, *ids]
         if max_tokens is not None and len(ids) > max_tokens:
-            logger.warning("the prompt has %d tokens; only the first %d are used", len(ids), max_tokens)
+            logger.warning(
+                "the prompt has %d tokens; only the first %d are used, the last %d are cut off",
+                len(ids),
+                max_tokens,
+                len(ids) - max_tokens,
+            )
             ids = ids[:max_tokens]
         return ids
 

@@ -33,6 +33,7 @@ from .layouts import (
     KINDS,
     NAMES,
     PREFIXES,
+    SINGLE_FILES,
     TEKKEN_KEY,
     TOKENIZER_FOLDERS,
     Kind,
@@ -123,7 +124,9 @@ def read_header(path: Path) -> tuple[dict[str, Shape], dict[str, str]]:
             if start[8:9] != b"{" and disguise is not None:
                 raise CheckpointError(f"{path} is not a safetensors file: {disguise}.")
             if start[8:9] != b"{":
-                raise CheckpointError(f"{path} is not a safetensors file, whatever its name says.")
+                raise CheckpointError(
+                    f"{path} is not a safetensors file, whatever its name says; download it again, or choose another."
+                )
             if 8 + length > size:
                 raise CheckpointError(
                     f"{path} is truncated: its header needs {8 + length} bytes, the file has {size}; download it again."
@@ -136,7 +139,9 @@ def read_header(path: Path) -> tuple[dict[str, Shape], dict[str, str]]:
     except OSError as e:
         raise CheckpointError(f"{path} cannot be read: {e.strerror or e}.") from e
     except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as e:
-        raise CheckpointError(f"{path} is not a readable safetensors file: its header is damaged ({e}).") from e
+        raise CheckpointError(
+            f"{path} is not a readable safetensors file: its header is damaged ({e}); download it again."
+        ) from e
     if end > size:
         raise CheckpointError(
             f"{path} is truncated: its header promises {end} bytes, the file has {size}; download it again."
@@ -162,7 +167,7 @@ def _read_tensors(files: Iterable[_File], wanted: set[str]) -> dict[str, Tensor]
             with safe_open(str(file.path), framework="pt", device="cpu") as reader:
                 tensors |= {key: reader.get_tensor(key) for key in keys}
         except (SafetensorError, OSError) as e:
-            raise CheckpointError(f"{file.path} cannot be read: {e}.") from e
+            raise CheckpointError(f"{file.path} cannot be read: {e}; download it again.") from e
     return tensors
 
 
@@ -170,7 +175,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
-        raise CheckpointError(f"{path} cannot be read as JSON: {e}.") from e
+        raise CheckpointError(f"{path} cannot be read as JSON: {e}; download it again.") from e
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} must hold a JSON object, got {type(value).__name__}.")
     return value
@@ -243,7 +248,7 @@ def _find_place(path: Path, kind: Kind) -> _Place:
             return _Place(files=_open_shards(path), folder=path.parent)
         return _Place(files=[_open_file(path)])
     if not path.is_dir():
-        raise CheckpointError(f"{path} does not exist.")
+        raise CheckpointError(f"{path} does not exist; choose a file or folder that does.")
     sub = path / FOLDERS[kind]
     if sub.is_dir():
         return _Place(files=_open_folder(sub), folder=sub)
@@ -296,7 +301,7 @@ def read_component(path: Path | str, kind: Kind) -> Component:
     if prefix is None or not found.kinds:
         raise CheckpointError(
             f"{path} must be {NAMES[kind]}, but it looks like {found.description} ({len(stored)} tensors; first are "
-            f"{_some(sorted(stored))})."
+            f"{_some(sorted(stored))}). Choose a file such as {_released_names(kind)}."
         )
     names, strangers = to_our_names(stored, kind, prefix)
     weights = {name: key for name, key in names.items() if not is_companion(name)}
@@ -325,7 +330,7 @@ def read_component(path: Path | str, kind: Kind) -> Component:
         config, expected = _check_config(shapes, kind, given)
         _check_shapes(shapes, expected, strangers, kind, prefix)
     except CheckpointError as e:
-        raise CheckpointError(f"{path}: {e}") from e
+        raise CheckpointError(f"{path}: {e} Download it again, or choose one such as {_released_names(kind)}.") from e
     _check_role(path, place, stored, given, kind)
     return Component(
         kind=kind,
@@ -435,6 +440,11 @@ def _check_shapes(
             f"{len(misshapen)} have the wrong shape ({_some(misshapen)}). The nearest known layout is {NAMES[kind]}, "
             f"{layout}, {len(expected)} tensors."
         )
+
+
+def _released_names(kind: Kind) -> str:
+    """File names to look for, for messages."""
+    return " or ".join(path.rpartition("/")[2] for path, its_kind in SINGLE_FILES.items() if its_kind == kind)
 
 
 def _check_role(path: Path, place: _Place, stored: Iterable[str], given: Mapping[str, Any] | None, kind: Kind) -> None:

@@ -19,22 +19,12 @@ from typing import Any
 
 from ..errors import CheckpointError, ErnieError
 from .checkpoint import check_present
-from .layouts import FOLDERS, TOKENIZER_FOLDERS, Kind
+from .layouts import FOLDERS, SINGLE_FILE_REPOSITORY, SINGLE_FILES, TOKENIZER_FOLDERS, Kind
 
 logger = logging.getLogger(__name__)
 
 # Official folder layout
 REPOSITORIES = ("baidu/ERNIE-Image", "baidu/ERNIE-Image-Turbo")
-
-# Single files for ComfyUI's model folders, with the paths inside the repository
-SINGLE_FILE_REPOSITORY = "Comfy-Org/ERNIE-Image"
-SINGLE_FILES: dict[str, Kind] = {
-    "diffusion_models/ernie-image.safetensors": "transformer",
-    "diffusion_models/ernie-image-turbo.safetensors": "transformer",
-    "text_encoders/ministral-3-3b.safetensors": "text_encoder",
-    "text_encoders/ernie-image-prompt-enhancer.safetensors": "enhancer",
-    "vae/flux2-vae.safetensors": "vae",
-}
 
 # Of the official folders, in GB: what can be said without asking the network
 SIZES_GB: dict[Kind, float] = {"transformer": 16.07, "text_encoder": 7.7, "enhancer": 7.66, "vae": 0.17}

@@ -35,6 +35,16 @@ FOLDERS: dict[Kind, str] = {
 }
 TOKENIZER_FOLDERS: dict[Kind, str] = {"text_encoder": "tokenizer", "enhancer": "pe_tokenizer"}
 
+# Single files for ComfyUI's model folders, with the paths inside the repository
+SINGLE_FILE_REPOSITORY = "Comfy-Org/ERNIE-Image"
+SINGLE_FILES: dict[str, Kind] = {
+    "diffusion_models/ernie-image.safetensors": "transformer",
+    "diffusion_models/ernie-image-turbo.safetensors": "transformer",
+    "text_encoders/ministral-3-3b.safetensors": "text_encoder",
+    "text_encoders/ernie-image-prompt-enhancer.safetensors": "enhancer",
+    "vae/flux2-vae.safetensors": "vae",
+}
+
 _CHECKPOINT_TEXT_ENCODER = "text_encoders.ministral3_3b.transformer."
 _LANGUAGE_MODEL_PREFIXES = (
     "language_model.model.",

@@ -187,7 +187,7 @@ def test_a_failed_write_leaves_no_half_file(tmp_path, monkeypatch):
         raise OSError("disk full")
 
     monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(ErnieError, match=r"a\.png could not be written \(disk full\)\. Free some space"):
         host.save_png(torch.zeros(4, 4, 3), tmp_path / "a.png")
     assert list(tmp_path.iterdir()) == []
 
