@@ -135,8 +135,8 @@ def test_ksampler_and_our_sampler_give_the_same_latents(latents):
 
 def test_the_picture_is_the_one_that_standalone_makes(images, server, tmp_path, monkeypatch):
     """So the same seed is the same picture on every supported ComfyUI."""
-    classes = load_node_classes()
     monkeypatch.setattr(host, "session", host.Session(models=server.base / "models", output=tmp_path))
+    classes = load_node_classes()
     graph = Graph()
     picture = graph.add("VAEDecode", samples=graph.ernie_sampler(), vae=graph.vae)
     (there,) = images(graph, picture)

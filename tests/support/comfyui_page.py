@@ -50,8 +50,10 @@ LOAD = """async ([graph, name]) => {
 }"""
 
 TO_PROMPT = """async () => {
-  const { output, workflow } = await (window.comfyAPI?.app?.app ?? window.app).graphToPrompt()
-  return { output, workflow }
+  try {
+    const { output, workflow } = await (window.comfyAPI?.app?.app ?? window.app).graphToPrompt()
+    return { output, workflow }
+  } catch (e) { return { output: {}, workflow: {}, failure: String(e) } }
 }"""
 
 FIT = """async () => {
@@ -156,6 +158,7 @@ class Browser:
         self.page.wait_for_timeout(800)
         problems = self.page.evaluate(INSPECT, file)
         prompt = self.page.evaluate(TO_PROMPT)
+        problems += [f"cannot be queued: {prompt['failure']}"] if "failure" in prompt else []
         self.page.evaluate(FIT)
         self.page.wait_for_timeout(1200)
         problems += [f"dialog: {text}" for text in self.page.evaluate(DIALOGS)]
