@@ -82,11 +82,13 @@ class DiTConfig:
     def __post_init__(self) -> None:
         if self.hidden_size % self.num_attention_heads:
             raise ErnieError(
-                f"hidden_size must be a multiple of num_attention_heads, got {self.hidden_size} and {self.num_attention_heads}."
+                f"hidden_size must be a multiple of num_attention_heads, got {self.hidden_size} and "
+                f"{self.num_attention_heads}."
             )
         if len(self.rope_axes_dim) != 3 or sum(self.rope_axes_dim) != self.head_dim:
             raise ErnieError(
-                f"rope_axes_dim must be three widths that sum to the head size {self.head_dim}, got {self.rope_axes_dim}."
+                f"rope_axes_dim must be three widths that sum to the head size {self.head_dim}, got "
+                f"{self.rope_axes_dim}."
             )
         if any(d % 2 for d in self.rope_axes_dim):
             raise ErnieError(f"rope_axes_dim must be even, got {self.rope_axes_dim}.")
@@ -174,7 +176,10 @@ class VAEConfig:
 
     @classmethod
     def from_state_dict(cls, state_dict: Mapping[str, Any]) -> VAEConfig:
-        """Read widths and depth from tensor shapes (diffusers names); the group count is 32, or the largest power of two that divides all widths."""
+        """Read widths and depth from tensor shapes (diffusers names).
+
+        The group count leaves no trace there: it is 32, or the largest power of two that divides all widths.
+        """
         try:
             levels = 1 + max(int(k.split(".")[2]) for k in state_dict if k.startswith("encoder.down_blocks."))
             widths = tuple(

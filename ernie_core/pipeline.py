@@ -62,8 +62,9 @@ class Pipeline:
     ) -> Pipeline:
         """Load an official folder (the one with model_index.json); `enhancer` False leaves `pe/` on disk."""
         from .weights import checkpoint as ckpt
+        from .weights.layouts import Kind
 
-        def read(kind: str) -> ckpt.Component:
+        def read(kind: Kind) -> ckpt.Component:
             return ckpt.read_component(Path(path), kind)
 
         text_encoder, tokenizer = ckpt.build_text_encoder(read("text_encoder"), dtype=dtype, device=device)
@@ -95,7 +96,7 @@ class Pipeline:
         denoise: float = 1.0,
         on_step: OnStep | None = None,
     ) -> Tensor:
-        """Pictures [B, height, width, 3] in [0, 1], fp32 on the CPU; picture i depends on prompts[i] and seeds[i] alone.
+        """Pictures [B, height, width, 3] in [0, 1], fp32 on the CPU; picture i depends on prompts[i], seeds[i] alone.
 
         Args:
             prompts: one per picture.
@@ -134,5 +135,5 @@ class Pipeline:
         uncond = make_denoise(self.transformer, self.encode(negatives), rows, columns) if cfg > 1 else None
         if len(sigmas):
             x = sample_euler(with_cfg(cond, uncond, cfg), x, sigmas, on_step=on_step)
-        pictures = self.vae.decode(x.to(weight.dtype)).float()
+        pictures = self.vae.decode_fitting(x.to(weight.dtype)).float()
         return (pictures / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).cpu()

@@ -23,13 +23,13 @@ from ..ernie_core.errors import CheckpointError, ErnieError
 from ..ernie_core.model.dit import DiT
 from ..ernie_core.model.rope import RopeTable
 from ..ernie_core.model.vae import VAE
+from ..ernie_core.sampling.inputs import LATENT_CHANNELS, check_latent, check_text
 from ..ernie_core.sampling.latents import latent_size
 from ..ernie_core.sampling.samplers import sample_euler
 from ..ernie_core.sampling.schedule import NUM_TRAIN_TIMESTEPS
 
 logger = logging.getLogger(__name__)
 
-LATENT_CHANNELS = 128
 TOKENS_KEY = "ministral3_3b"  # the name core's own ERNIE tokenizer gives its tokens
 
 _DTYPES = {
@@ -191,7 +191,7 @@ def _load_model(component, weight_dtype: str, disable_dynamic: bool):
 
 
 def _host_state_dict(component, *, keep_quantised: bool) -> dict[str, Tensor]:
-    """Weights as the host's layers read them: quantised with their scales if the host knows how, else multiplied out."""
+    """Weights as the host's layers read them: quantised, with scales, if the host knows how, else multiplied out."""
     from comfy.quant_ops import QUANT_ALGOS
 
     from ..ernie_core.weights.quantise import dequantise, to_comfy_layout
@@ -623,27 +623,17 @@ def _check_latent(model, latent: dict[str, Tensor]) -> Tensor:
     samples = latent["samples"]
     if latent.get("downscale_ratio_spacial") is not None:  # EmptyLatentImage: zeros that the host fits to the model
         samples = comfy.sample.fix_empty_latent_channels(model, samples, latent["downscale_ratio_spacial"])
-    if samples.ndim != 4 or samples.shape[1] != LATENT_CHANNELS:
-        raise ErnieError(
-            f"the latent must be [batch, {LATENT_CHANNELS}, height / 16, width / 16], got {list(samples.shape)}: it is "
-            "another model's. Make it with Empty Latent (ERNIE), EmptyFlux2LatentImage, or VAEEncode and this "
-            "model's VAE."
-        )
-    if not bool(samples.isfinite().all()):
-        raise ErnieError("the latent holds NaN or infinite values: look at the node that made it.")
+    check_latent(samples)
     return samples
 
 
 def _check_conditioning(network, name: str, conditioning: list) -> None:
     projection = network.text_proj
     width = projection.in_features if projection is not None else network.final_linear.in_features
-    for features, _ in conditioning:
-        if features.shape[-1] != width:
-            raise ErnieError(
-                f"{name} must be {width} wide, got {features.shape[-1]}: it was encoded by another model's text "
-                f"encoder. "
-                "Encode it with Load Text Encoder (ERNIE)."
-            )
+    if not conditioning:
+        raise ErnieError(f"{name} is empty: encode a prompt with Encode Prompt (ERNIE); an empty prompt is enough.")
+    for text, _ in conditioning:
+        check_text(name, text, width)
 
 
 def sample(model, *, positive, negative, latent: dict[str, Tensor], sigmas: Tensor, cfg: float, seed: int) -> dict:

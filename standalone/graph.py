@@ -381,7 +381,7 @@ def set_value(workflow: Workflow, target: str, text: str, classes: NodeClasses) 
     """Set an input from the command line; `target` is `input`, or `node.input` with a node's id, title or type.
 
     Without a node, nodes that feed nothing but inputs called `negative` are left out where another one has the input:
-    `prompt=...` means the prompt. The page file inside `workflow` changes too, so that a saved picture carries what made it.
+    `prompt=...` means the prompt. The page file inside `workflow` changes too: a saved picture carries what made it.
 
     Raises:
         ErnieError: no such input, several of them, or a value of the wrong kind.

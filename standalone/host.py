@@ -24,6 +24,7 @@ from weakref import WeakSet
 
 from ..ernie_core.config import BASE
 from ..ernie_core.errors import ErnieError, Interrupted
+from ..ernie_core.sampling.inputs import LATENT_CHANNELS, check_latent, check_text
 from .progress import ProgressBar
 
 if TYPE_CHECKING:
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 TINY_FOLDER = Path(__file__).resolve().parents[1] / "tiny" / "ernie-image-tiny"
-LATENT_CHANNELS = 128
 SEARCH_DEPTH = 3  # folders below the models folder in which official folders are looked for
 
 # Released file names and, per kind, the sub-folders of an official folder that hold the same weights.
@@ -517,18 +517,8 @@ def sample_from_noise(
 
 def _check_latent(latent: Mapping[str, Any]) -> Tensor:
     """Return the samples; ErnieError when they are another model's or not finite."""
-    samples = latent["samples"]
-    if samples.ndim != 4 or samples.shape[1] != LATENT_CHANNELS:
-        raise ErnieError(
-            f"a latent [batch, {LATENT_CHANNELS}, height / 16, width / 16] expected, got {list(samples.shape)}: "
-            "it is another model's; make it with Empty Latent (ERNIE), EmptyFlux2LatentImage, or VAEEncode."
-        )
-    if not bool(samples.isfinite().all()):
-        raise ErnieError(
-            "a latent of finite numbers expected, this one holds NaN or infinite values; "
-            "look at the node that made it."
-        )
-    return samples
+    check_latent(latent["samples"])
+    return latent["samples"]
 
 
 def _check_conditioning(width: int, name: str, conditioning: list) -> None:
@@ -536,16 +526,7 @@ def _check_conditioning(width: int, name: str, conditioning: list) -> None:
         raise ErnieError(
             f"one conditioning expected as {name} without ComfyUI, {len(conditioning)} came; run this in ComfyUI."
         )
-    text_BTD = conditioning[0][0]
-    if text_BTD.ndim != 3 or text_BTD.shape[2] != width:
-        raise ErnieError(
-            f"{name} [batch, tokens, {width}] expected, got {list(text_BTD.shape)}: another model's text encoder made "
-            "it; encode the prompt with Load Text Encoder (ERNIE)."
-        )
-    if not bool(text_BTD.isfinite().all()):
-        raise ErnieError(
-            f"{name} of finite numbers expected, it holds NaN or infinite values; look at the node that made it."
-        )
+    check_text(name, conditioning[0][0], width)
 
 
 def _make_denoise(dit: Any, conditioning: list, batch: int, size: tuple[int, int]) -> Denoise:
@@ -583,7 +564,7 @@ def _keep_outside(denoise: Denoise, mask: Tensor, start: Tensor, noise: Tensor) 
 
 def decode(vae: Any, latent: Mapping[str, Any]) -> Tensor:
     """Return IMAGE [B, H, W, 3] in [0, 1]; one picture at a time."""
-    return _decode_each(latent, _bring(vae).decode, vae)
+    return _decode_each(latent, _bring(vae).decode_fitting, vae)
 
 
 def decode_tiled(vae: Any, latent: Mapping[str, Any], *, tile_px: int, overlap_px: int) -> Tensor:

@@ -18,7 +18,7 @@ HEAVY = {"torch", "transformers", "numpy", "diffusers", "xformers", "safetensors
 LEVELS = [
     {"errors"},
     {"config"},
-    {"sampling.schedule", "sampling.latents", "sampling.guidance", "model.rope", "model.attention"},
+    {"sampling.inputs", "sampling.schedule", "sampling.latents", "sampling.guidance", "model.rope", "model.attention"},
     {"model.dit", "model.vae", "model.text_encoder", "model.enhancer", "sampling.samplers"},
     {"weights.layouts", "weights.quantise", "weights.checkpoint", "weights.download", "weights.lora"},
     {"batch", "pipeline", "cli"},

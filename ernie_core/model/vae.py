@@ -7,6 +7,7 @@ exact inverse order. Everything runs in channels_last: 2.6x faster than the defa
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -257,6 +258,7 @@ class VAE(nn.Module):
     ) -> Tensor:
         """`encode` in overlapping tiles blended linearly; the sizes are in pixels. See `decode_tiled`."""
         check_size(image_BCHW.shape[3], image_BCHW.shape[2])
+        _check_tiles(tile_px, overlap_px)
         return _blend_tiles(
             self.encode, image_BCHW, tile=tile_px, overlap=overlap_px, scale=(1, SIZE_MULTIPLE), on_tile=on_tile
         )
@@ -278,6 +280,7 @@ class VAE(nn.Module):
             ErnieError: sizes are not multiples of 16, or the overlap is not smaller than the tile.
         """
         self._check_latent(latent_BCHW)
+        _check_tiles(tile_px, overlap_px)
         return _blend_tiles(
             self.decode,
             latent_BCHW,
@@ -287,6 +290,15 @@ class VAE(nn.Module):
             on_tile=on_tile,
         )
 
+    def decode_fitting(self, latent_BCHW: Tensor, *, on_tile: Callable[[int, int], None] | None = None) -> Tensor:
+        """`decode`, or `decode_tiled` where the whole would take more than nine tenths of the free memory."""
+        self._check_latent(latent_BCHW)
+        batch, _, height, width = latent_BCHW.shape
+        free = free_bytes(latent_BCHW.device)
+        if free is None or batch * self.decode_bytes(height, width, latent_BCHW.dtype) <= 0.9 * free:
+            return self.decode(latent_BCHW)
+        return self.decode_tiled(latent_BCHW, on_tile=on_tile)
+
     def decode_bytes(self, height_lat: int, width_lat: int, dtype: torch.dtype) -> int:
         """Estimated peak of one untiled decode, in bytes.
 
@@ -295,6 +307,24 @@ class VAE(nn.Module):
         """
         pixels = height_lat * width_lat * SIZE_MULTIPLE**2
         return int(6.25 * pixels * max(self.config.decoder_widths[:2]) * dtype.itemsize)
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Free memory of a device, in bytes, with what torch's allocator holds in reserve; None where it is not known."""
+    if device.type == "cuda":
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + held
+    if device.type == "cpu" and hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return None
+
+
+def _check_tiles(tile_px: int, overlap_px: int) -> None:
+    if tile_px <= 0 or not 0 <= overlap_px < tile_px or tile_px % SIZE_MULTIPLE or overlap_px % SIZE_MULTIPLE:
+        raise ErnieError(
+            f"tile and overlap must be multiples of {SIZE_MULTIPLE} px with 0 <= overlap < tile, "
+            f"got {tile_px} and {overlap_px}."
+        )
 
 
 def _starts(length: int, tile: int, overlap: int) -> list[int]:
@@ -326,11 +356,6 @@ def _blend_tiles(
 ) -> Tensor:
     """Apply `function` to overlapping tiles of `x_BCHW` and blend; output size = input size * scale[0] / scale[1]."""
     up, down = scale
-    if tile <= 0 or not 0 <= overlap < tile or tile % down or overlap % down:
-        raise ErnieError(
-            f"tile and overlap must be multiples of {SIZE_MULTIPLE} px with 0 <= overlap < tile, "
-            f"got {tile * up} and {overlap * up}."
-        )
     batch, _, height, width = x_BCHW.shape
     ys, xs = _starts(height, tile, overlap), _starts(width, tile, overlap)
     boxes: Sequence[tuple[int, int]] = [(y, x) for y in ys for x in xs]
@@ -338,6 +363,8 @@ def _blend_tiles(
     for done, (y, x) in enumerate(boxes, start=1):
         part = function(x_BCHW[:, :, y : y + tile, x : x + tile])
         if len(boxes) == 1:
+            if on_tile is not None:
+                on_tile(1, 1)
             return part
         if total is None or weights is None:
             out_h, out_w = height * up // down, width * up // down
@@ -353,5 +380,6 @@ def _blend_tiles(
         weights[top : top + h, left : left + w] += weight
         if on_tile is not None:
             on_tile(done, len(boxes))
-    assert total is not None and weights is not None
+    assert total is not None
+    assert weights is not None
     return (total / weights).to(x_BCHW.dtype)

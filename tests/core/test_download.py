@@ -1,6 +1,6 @@
 """Downloads against a fake Hugging Face that serves a folder: planned, resumed, verified, and never unasked."""
 
-# ruff: noqa: ARG001, ARG002, ARG005 - stand-ins have the signatures of what they stand in for
+
 import errno
 import hashlib
 import sys

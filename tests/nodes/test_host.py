@@ -136,9 +136,9 @@ def test_another_model_is_refused_before_sampling(host, value, message):
 @pytest.mark.parametrize(
     ("samples", "message"),
     [
-        (torch.zeros(1, 16, 8, 8), r"must be \[batch, 128, .*got \[1, 16, 8, 8\].*Make it with Empty Latent \(ERNIE\)"),
+        (torch.zeros(1, 16, 8, 8), r"latent \[batch, 128, .*got \[1, 16, 8, 8\].*make it with Empty Latent \(ERNIE\)"),
         (torch.zeros(1, 128, 1, 8, 8), r"got \[1, 128, 1, 8, 8\]"),
-        (torch.full((1, 128, 2, 2), float("nan")), "the latent holds NaN or infinite values"),
+        (torch.full((1, 128, 2, 2), float("nan")), "holds NaN or infinite values"),
     ],
     ids=["channels", "video", "nan"],
 )
@@ -149,8 +149,13 @@ def test_another_latent_is_refused_before_sampling(host, monkeypatch, samples, m
 
 
 def test_another_conditioning_is_refused_before_sampling(host):
-    with pytest.raises(ErnieError, match="positive must be 48 wide, got 4096: it was encoded by another model"):
+    with pytest.raises(ErnieError, match=r"positive \[batch, tokens, 48\] expected, got \[1, 3, 4096\]: another model"):
         host._check_conditioning(network(), "positive", [[torch.zeros(1, 3, 4096), {}]])
+
+
+def test_an_empty_conditioning_is_refused_before_sampling(host):
+    with pytest.raises(ErnieError, match="negative is empty: encode a prompt"):
+        host._check_conditioning(network(), "negative", [])
 
 
 def test_a_long_prompt_is_cut_with_a_count(host, caplog):

@@ -8,7 +8,6 @@ import re
 import numpy as np
 import pytest
 import torch
-
 from ernie_pack.ernie_core.pipeline import Pipeline
 from ernie_pack.ernie_core.sampling.latents import make_noise
 from ernie_pack.ernie_core.weights.checkpoint import read_component
