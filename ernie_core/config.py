@@ -188,9 +188,7 @@ class VAEConfig:
             decoder = tuple(
                 state_dict[f"decoder.up_blocks.{levels - 1 - i}.resnets.0.conv1.weight"].shape[0] for i in range(levels)
             )
-            depth = 1 + max(
-                int(k.split(".")[4]) for k in state_dict if k.startswith("encoder.down_blocks.0.resnets.")
-            )
+            depth = 1 + max(int(k.split(".")[4]) for k in state_dict if k.startswith("encoder.down_blocks.0.resnets."))
             latent = state_dict["post_quant_conv.weight"].shape[0]
         except (KeyError, ValueError) as e:
             raise CheckpointError(f"not a FLUX.2 VAE: {e}.") from e

@@ -45,12 +45,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--input", type=Path, help="folder LoadImage reads (default: input, beside the workflow or here)"
     )
-    parser.add_argument(
-        "--models", type=Path, help="folder with models (default: $ERNIE_MODELS, else the tiny model)"
-    )
-    parser.add_argument(
-        "--tiny", action="store_true", help="use the tiny model in place of the released files"
-    )
+    parser.add_argument("--models", type=Path, help="folder with models (default: $ERNIE_MODELS, else the tiny model)")
+    parser.add_argument("--tiny", action="store_true", help="use the tiny model in place of the released files")
     parser.add_argument(
         "--list",
         action="store_true",
@@ -95,9 +91,7 @@ def configure(args: argparse.Namespace) -> None:
     """Point the host at the folders of this run."""
     models = args.models or (Path(os.environ["ERNIE_MODELS"]) if os.environ.get("ERNIE_MODELS") else None)
     if models is not None and not args.tiny and not models.is_dir():
-        raise ErnieError(
-            f"a folder with models expected, {models} is none; give an existing one with --models."
-        )
+        raise ErnieError(f"a folder with models expected, {models} is none; give an existing one with --models.")
     beside = args.workflow.parent / "input" if args.workflow else Path("input")
     host.session = host.Session(
         models=None if args.tiny else models,

@@ -75,9 +75,7 @@ class CLIPLoader(io.ComfyNode):
             category="advanced/loaders",
             inputs=[
                 io.Combo.Input("clip_name", options=host.list_models("text_encoders")),
-                io.Combo.Input(
-                    "type", options=["flux2"], tooltip="Only ERNIE-Image's text encoder (flux2) here."
-                ),
+                io.Combo.Input("type", options=["flux2"], tooltip="Only ERNIE-Image's text encoder (flux2) here."),
                 io.Combo.Input("device", options=["default", "cpu"], optional=True),
             ],
             outputs=[io.Clip.Output()],
@@ -419,9 +417,7 @@ class SamplerCustomAdvanced(io.ComfyNode):
         )
 
     @classmethod
-    def execute(
-        cls, noise, guider: Guider, sampler: str, sigmas: Tensor, latent_image: dict
-    ) -> io.NodeOutput:
+    def execute(cls, noise, guider: Guider, sampler: str, sigmas: Tensor, latent_image: dict) -> io.NodeOutput:
         samples, x0 = host.sample_from_noise(
             guider.model,
             positive=guider.positive,
@@ -454,9 +450,7 @@ class EmptyFlux2LatentImage(io.ComfyNode):
 
     @classmethod
     def execute(cls, width: int, height: int, batch_size: int = 1) -> io.NodeOutput:
-        return io.NodeOutput(
-            host.empty_latent(width // 16 * 16, height // 16 * 16, batch_size)
-        )  # core rounds down too
+        return io.NodeOutput(host.empty_latent(width // 16 * 16, height // 16 * 16, batch_size))  # core rounds down too
 
 
 class SetLatentNoiseMask(io.ComfyNode):
@@ -541,9 +535,7 @@ class LoadImage(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         folder = host.input_folder()
         files = (
-            sorted(p.name for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
-            if folder.is_dir()
-            else []
+            sorted(p.name for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES) if folder.is_dir() else []
         )
         return io.Schema(
             node_id="LoadImage",
@@ -574,9 +566,7 @@ class LoadImage(io.ComfyNode):
                 picture = ImageOps.exif_transpose(file)
                 picture.load()
         except (OSError, UnidentifiedImageError) as e:
-            raise ErnieError(
-                f"a readable picture expected, {image!r} is none: {e}; save it again as PNG."
-            ) from e
+            raise ErnieError(f"a readable picture expected, {image!r} is none: {e}; save it again as PNG.") from e
         if picture.mode == "I":
             picture = picture.point(lambda v: v * (1 / 255))  # 16 bit grey
         has_alpha = "A" in picture.getbands() or "transparency" in picture.info
@@ -693,9 +683,7 @@ class ImageStitch(io.ComfyNode):
         )
 
     @classmethod
-    def execute(
-        cls, image1, direction, match_image_size, spacing_width, spacing_color, image2=None
-    ) -> io.NodeOutput:
+    def execute(cls, image1, direction, match_image_size, spacing_width, spacing_color, image2=None) -> io.NodeOutput:
         if image2 is None:
             return io.NodeOutput(image1)
         axis = 2 if direction in ("right", "left") else 1

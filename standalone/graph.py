@@ -78,13 +78,9 @@ def read_workflow(path: Path, classes: NodeClasses) -> Workflow:
     try:
         data = _read_png(path) if path.suffix.lower() == ".png" else json.loads(path.read_text("utf-8"))
     except FileNotFoundError as e:
-        raise ErnieError(
-            f"workflow file expected, {path} does not exist; give the path of a .json or .png."
-        ) from e
+        raise ErnieError(f"workflow file expected, {path} does not exist; give the path of a .json or .png.") from e
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
-        raise ErnieError(
-            f"workflow file expected, {path} cannot be read: {e}; save it again in ComfyUI."
-        ) from e
+        raise ErnieError(f"workflow file expected, {path} cannot be read: {e}; save it again in ComfyUI.") from e
     return parse_workflow(data, classes)
 
 
@@ -95,9 +91,7 @@ def _read_png(path: Path) -> Any:
         with Image.open(path) as image:
             chunks = dict(image.info)
     except UnidentifiedImageError as e:
-        raise ErnieError(
-            f"a PNG expected, {path} is none; give a .json or a picture saved by ComfyUI."
-        ) from e
+        raise ErnieError(f"a PNG expected, {path} is none; give a .json or a picture saved by ComfyUI.") from e
     for chunk in ("workflow", "prompt"):
         if chunk in chunks:
             return json.loads(chunks[chunk])
@@ -121,11 +115,7 @@ def parse_workflow(data: Any, classes: NodeClasses) -> Workflow:
 
 
 def _is_api_node(node: Any) -> bool:
-    return (
-        isinstance(node, dict)
-        and isinstance(node.get("class_type"), str)
-        and isinstance(node.get("inputs"), dict)
-    )
+    return isinstance(node, dict) and isinstance(node.get("class_type"), str) and isinstance(node.get("inputs"), dict)
 
 
 def check_types(types: set[str], classes: NodeClasses) -> None:
@@ -240,9 +230,7 @@ def _page_inputs(
             found[slot["name"]] = source
     known = {name for name, *_ in iter_inputs(cls)}
     for name in found.keys() - known:
-        logger.warning(
-            "node %s (%s): input %r is not known here and is left out.", node["id"], node["type"], name
-        )
+        logger.warning("node %s (%s): input %r is not known here and is left out.", node["id"], node["type"], name)
     yield from ((name, source) for name, source in found.items() if name in known)
 
 
@@ -276,9 +264,7 @@ def _resolve(level: _Level, link: int, kind: Any, levels: Mapping[str, _Level], 
     if link not in level.links:
         return None
     if hops > 1000:
-        raise ErnieError(
-            "links that lead to a node expected, these run in a circle; remove the loop of Reroutes."
-        )
+        raise ErnieError("links that lead to a node expected, these run in a circle; remove the loop of Reroutes.")
     origin, slot = level.links[link]
     if origin == SUBGRAPH_INPUT:
         return _resolve_outside(level, slot, kind, levels, hops)
@@ -321,11 +307,7 @@ def _bypass_link(node: Mapping[str, Any], slot: int, kind: Any) -> int | None:
     """Return the link a bypassed node passes on: the input beside the output if the types agree, else the first."""
     inputs = node.get("inputs") or []
     outputs = node.get("outputs") or []
-    kind = (
-        outputs[slot]["type"]
-        if slot < len(outputs) and outputs[slot].get("type") not in (None, "*")
-        else kind
-    )
+    kind = outputs[slot]["type"] if slot < len(outputs) and outputs[slot].get("type") not in (None, "*") else kind
     order = ([inputs[slot]] if slot < len(inputs) else []) + inputs
     for socket in order:
         if socket.get("type") == kind:
@@ -347,9 +329,7 @@ def _finish_values(prompt: Prompt, classes: NodeClasses, places: Mapping[tuple[s
                     del inputs[name]
             elif (node_id, name) in places and isinstance(inputs[name], list):
                 inputs[name] = {"__value__": inputs[name]}
-            elif (
-                (node_id, name) in places and options.get("dynamicPrompts") and isinstance(inputs[name], str)
-            ):
+            elif (node_id, name) in places and options.get("dynamicPrompts") and isinstance(inputs[name], str):
                 inputs[name] = expand_dynamic_prompt(inputs[name], random.Random())
 
 
@@ -388,11 +368,7 @@ def set_value(workflow: Workflow, target: str, text: str, classes: NodeClasses) 
     """
     settable = list(iter_settable(workflow, classes))
     node_name, _, name = target.rpartition(".")
-    found = [
-        row
-        for row in settable
-        if row[1] == name and (not node_name or _is_named(workflow, row[0], node_name))
-    ]
+    found = [row for row in settable if row[1] == name and (not node_name or _is_named(workflow, row[0], node_name))]
     if not node_name:
         found = [row for row in found if not _is_negative(workflow, row[0])] or found
     if len(found) > 1:
@@ -409,9 +385,7 @@ def set_value(workflow: Workflow, target: str, text: str, classes: NodeClasses) 
         container, key = workflow.places[node_id, name]
         container[key] = value
     elif workflow.page is not None:
-        logger.warning(
-            "--set %s: the workflow inside saved pictures keeps its default for this input.", target
-        )
+        logger.warning("--set %s: the workflow inside saved pictures keeps its default for this input.", target)
 
 
 def _is_negative(workflow: Workflow, node_id: str) -> bool:
@@ -436,9 +410,7 @@ def _why_not_settable(workflow: Workflow, node_name: str, name: str, settable: l
         if is_link(value) and (not node_name or _is_named(workflow, node_id, node_name)):
             return f"a free input expected, {node_id}.{name} is linked to node {value[0]}; set that node's input."
     names = sorted({row[1] for row in settable})
-    return (
-        f"an input of this workflow expected, it has none of that name; it has {', '.join(names) or 'none'}."
-    )
+    return f"an input of this workflow expected, it has none of that name; it has {', '.join(names) or 'none'}."
 
 
 def _convert(target: str, text: str, kind: str, options: Mapping[str, Any]) -> Any:
@@ -531,9 +503,7 @@ def _complaints(prompt: Prompt, node_id: str, classes: NodeClasses) -> Iterator[
         if is_link(value):
             trouble = _link_trouble(prompt, value, kind, classes)
         else:
-            trouble = _value_trouble(
-                node["inputs"], name, kind, options, ranges=not all_own and name not in own
-            )
+            trouble = _value_trouble(node["inputs"], name, kind, options, ranges=not all_own and name not in own)
         if trouble:
             failed = True
             yield f"{name}: {trouble}"
@@ -593,12 +563,8 @@ def _value_trouble(
         choices = options.get("options") or []
         wanted = value if options.get("multiselect") and isinstance(value, list) else [value]
         if any(v not in choices for v in wanted):
-            shown = ", ".join(str(c) for c in choices[:20]) + (
-                f" and {len(choices) - 20} more" * (len(choices) > 20)
-            )
-            return (
-                f"one of {shown or 'nothing (no file found)'} expected, got {value!r}; choose one of these."
-            )
+            shown = ", ".join(str(c) for c in choices[:20]) + (f" and {len(choices) - 20} more" * (len(choices) > 20))
+            return f"one of {shown or 'nothing (no file found)'} expected, got {value!r}; choose one of these."
     return None
 
 
@@ -681,11 +647,7 @@ class _Run:
     def _ask_lazy(self, node_id: str, cls: Any, lazy: set[str]) -> list[str]:
         """Return the nodes behind the lazy inputs that the node now asks for and that have not run."""
         inputs = self.workflow.prompt[node_id]["inputs"]
-        open_ = {
-            n: str(inputs[n][0])
-            for n in lazy
-            if is_link(inputs.get(n)) and str(inputs[n][0]) not in self.outputs
-        }
+        open_ = {n: str(inputs[n][0]) for n in lazy if is_link(inputs.get(n)) and str(inputs[n][0]) not in self.outputs}
         if not open_:
             return []
         answers = self._map(node_id, cls, "check_lazy_status")
@@ -719,9 +681,7 @@ class _Run:
             return [self._call(bound, values, node_id, blocked=[v for vs in values.values() for v in vs])]
         if any(len(v) == 0 for v in values.values()):
             empty = [name for name, v in values.items() if not v]
-            raise ErnieError(
-                f"at least one item expected, {', '.join(empty)} is an empty list; feed it something."
-            )
+            raise ErnieError(f"at least one item expected, {', '.join(empty)} is an empty list; feed it something.")
         answers = []
         for i in range(max((len(v) for v in values.values()), default=1)):
             one = {name: v[min(i, len(v) - 1)] for name, v in values.items()}
@@ -751,9 +711,7 @@ class _Run:
         for answer in answers:
             if not isinstance(answer, Blocked):
                 if answer.expand is not None:
-                    raise NodeFailed(
-                        f"node {node_id} ({cls.__name__}) grows new nodes; run this workflow in ComfyUI."
-                    )
+                    raise NodeFailed(f"node {node_id} ({cls.__name__}) grows new nodes; run this workflow in ComfyUI.")
                 ui = answer.ui if isinstance(answer.ui, dict | None) else answer.ui.as_dict()
                 for key, items in (ui or {}).items():
                     shown.setdefault(key, []).extend(items)

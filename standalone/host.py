@@ -149,17 +149,11 @@ def list_models(kind: str) -> list[str]:
     if session.models is None:
         return [*RELEASED[kind], f"{TINY_FOLDER.name}/"]
     folder = session.models / kind
-    files = (
-        sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*.safetensors"))
-        if folder.is_dir()
-        else []
-    )
+    files = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*.safetensors")) if folder.is_dir() else []
     official = _official_folders(kind)
     inside = {part for path in official.values() for part in path.rglob("*.safetensors")}
     files = [name for name in files if folder / name not in inside]
-    stand_ins = [
-        name for name in RELEASED[kind] if name not in files and _stand_in(kind, name, official) is not None
-    ]
+    stand_ins = [name for name in RELEASED[kind] if name not in files and _stand_in(kind, name, official) is not None]
     return [*files, *stand_ins, *official]
 
 
@@ -173,9 +167,7 @@ def model_path(kind: str, name: str) -> Path:
                 "give the folder of your models with --models."
             )
         if not TINY_FOLDER.is_dir():
-            raise ErnieError(
-                f"the tiny model expected in {TINY_FOLDER}, it is not there; give a folder with --models."
-            )
+            raise ErnieError(f"the tiny model expected in {TINY_FOLDER}, it is not there; give a folder with --models.")
         return TINY_FOLDER
     file = session.models / kind / name
     if file.exists():
@@ -306,9 +298,7 @@ def _fill_name(prefix: str, width: int, height: int) -> str:
     codes = {"yyyy": "%Y", "yy": "%y", "MM": "%m", "dd": "%d", "hh": "%H", "mm": "%M", "ss": "%S"}
 
     def date(found: re.Match) -> str:
-        return re.sub(
-            "yyyy|yy|MM|dd|hh|mm|ss", lambda m: time.strftime(codes[m.group()], now), found.group(1)
-        )
+        return re.sub("yyyy|yy|MM|dd|hh|mm|ss", lambda m: time.strftime(codes[m.group()], now), found.group(1))
 
     prefix = re.sub(r"%date:([^%]*)%", date, prefix)
     return prefix.replace("%width%", str(width)).replace("%height%", str(height))
@@ -487,9 +477,7 @@ def sample_from_noise(
     if len(sigmas) < 2:  # denoise 0
         return start, start
     if negative is None and cfg != 1:
-        raise ErnieError(
-            f"a negative prompt expected at cfg {cfg:g}, none came; connect one, or set cfg to 1."
-        )
+        raise ErnieError(f"a negative prompt expected at cfg {cfg:g}, none came; connect one, or set cfg to 1.")
     for name, conditioning in (("positive", positive), ("negative", negative)):
         if conditioning is not None:
             _check_conditioning(model.dit.config.text_in_dim, name, conditioning)
@@ -604,7 +592,5 @@ def encode(vae: Any, image_BHWC: Tensor) -> dict[str, Any]:
     vae = _bring(vae)
     weight = next(vae.parameters())
     with torch.inference_mode():
-        parts = [
-            vae.encode((one.movedim(-1, 1) * 2 - 1).to(weight)).float().cpu() for one in image_BHWC.split(1)
-        ]
+        parts = [vae.encode((one.movedim(-1, 1) * 2 - 1).to(weight)).float().cpu() for one in image_BHWC.split(1)]
     return {"samples": torch.cat(parts).clone()}

@@ -25,6 +25,7 @@ from ..ernie_core.model.text_encoder import TextEncoder, Tokenizer
 from ..ernie_core.model.vae import VAE
 from ..ernie_core.sampling.latents import mix_noise
 from ..ernie_core.sampling.schedule import shift_sigmas
+from ..ernie_core.weights.layouts import RELEASED_ROPE
 from . import scenes
 from .muon import Muon
 from .vae import PICTURE_PX
@@ -40,17 +41,6 @@ CONFIG = DiTConfig(
     text_in_dim=TEXT_DIM,
     rope_axes_dim=(16, 24, 24),
 )
-ROPE_PARAMETERS = {  # text_encoder/config.json of the release
-    "rope_type": "yarn",
-    "rope_theta": 1e6,
-    "factor": 16.0,
-    "original_max_position_embeddings": 16384,
-    "beta_fast": 32.0,
-    "beta_slow": 1.0,
-    "mscale": 1.0,
-    "mscale_all_dim": 1.0,
-    "llama_4_scaling_beta": 0.1,
-}
 DROP_CAPTION = 0.1
 TRAIN_SHIFT = 2.5
 LONG_SHARE = 0.2
@@ -73,7 +63,7 @@ def language_config(*, model_type: str, vocab_size: int, hidden_size: int, heads
         "hidden_act": "silu",
         "rms_norm_eps": 1e-5,
         "max_position_embeddings": 262144,
-        "rope_parameters": ROPE_PARAMETERS,
+        "rope_parameters": RELEASED_ROPE,
         "attention_dropout": 0.0,
         "sliding_window": None,
         "tie_word_embeddings": True,

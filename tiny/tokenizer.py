@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+from ..ernie_core.model.text_encoder import TEKKEN_SPECIALS
 from .scenes import (
     VALUES,
     all_scenes,
@@ -33,29 +34,6 @@ from .scenes import (
 VOCAB_SIZE = 1024
 """Upper limit; training stops earlier when nothing is left to merge."""
 MODEL_MAX_LENGTH = 2048  # tokenizer_config.json of the released model
-SPECIAL_TOKENS = (
-    "<unk>",
-    "<s>",
-    "</s>",
-    "[INST]",
-    "[/INST]",
-    "[AVAILABLE_TOOLS]",
-    "[/AVAILABLE_TOOLS]",
-    "[TOOL_RESULTS]",
-    "[/TOOL_RESULTS]",
-    "[TOOL_CALLS]",
-    "[IMG]",
-    "<pad>",
-    "[IMG_BREAK]",
-    "[IMG_END]",
-    "[PREFIX]",
-    "[MIDDLE]",
-    "[SUFFIX]",
-    "[SYSTEM_PROMPT]",
-    "[/SYSTEM_PROMPT]",
-    "[TOOL_CONTENT]",
-)
-"""The first 20 ids of the released vocabulary, in order."""
 SPLIT_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -90,7 +68,7 @@ def _trained_entries() -> tuple[bytes, ...]:
     trained.pre_tokenizer = _pre_tokenizer()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE - len(SPECIAL_TOKENS),
+        vocab_size=VOCAB_SIZE - len(TEKKEN_SPECIALS),
         initial_alphabet=alphabet,
         show_progress=False,
         min_frequency=2,
@@ -108,15 +86,15 @@ def build_tokenizer(*, prepend_bos: bool = True) -> Tokenizer:
     its chat template writes the `<s>` itself.
     """
     entries = _trained_entries()
-    offset = len(SPECIAL_TOKENS)
-    vocab = {text: index for index, text in enumerate(SPECIAL_TOKENS)}
+    offset = len(TEKKEN_SPECIALS)
+    vocab = {text: index for index, text in enumerate(TEKKEN_SPECIALS)}
     vocab.update({_to_text(entry): rank + offset for rank, entry in enumerate(entries)})
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=_implied_merges(entries)))
     tokenizer.pre_tokenizer = _pre_tokenizer()
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in SPECIAL_TOKENS])
+    tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in TEKKEN_SPECIALS])
     if prepend_bos:
-        bos = SPECIAL_TOKENS[1]
+        bos = TEKKEN_SPECIALS[1]
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, 1)]
         )
@@ -158,7 +136,7 @@ def to_tekken_bytes(tokenizer: Tokenizer) -> bytes:
 
     `tokenizer` is one that `build_tokenizer` made. Readers get its ids, less the `<s>` in front.
     """
-    offset = len(SPECIAL_TOKENS)
+    offset = len(TEKKEN_SPECIALS)
     by_id = sorted((index, text) for text, index in tokenizer.get_vocab().items() if index >= offset)
     vocab = []
     for index, text in by_id:
@@ -180,7 +158,7 @@ def to_tekken_bytes(tokenizer: Tokenizer) -> bytes:
         },
         "vocab": vocab,
         "special_tokens": [
-            {"rank": index, "token_str": text, "is_control": True} for index, text in enumerate(SPECIAL_TOKENS)
+            {"rank": index, "token_str": text, "is_control": True} for index, text in enumerate(TEKKEN_SPECIALS)
         ],
     }
     return json.dumps(content, ensure_ascii=False).encode("utf-8")

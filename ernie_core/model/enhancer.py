@@ -30,17 +30,13 @@ from .text_encoder import Decoder, TextStream, Tokenizer
 
 logger = logging.getLogger(__name__)
 
-CHAT_TEMPLATE = Path(__file__).with_name(
-    "pe_chat_template.jinja"
-)  # pe_tokenizer/chat_template.jinja, unchanged
+CHAT_TEMPLATE = Path(__file__).with_name("pe_chat_template.jinja")  # pe_tokenizer/chat_template.jinja, unchanged
 
 
 @functools.cache
 def default_system_prompt() -> str:
     """The instruction in the official chat template."""
-    found = re.search(
-        r"\[SYSTEM_PROMPT\](.*?)\[/SYSTEM_PROMPT\]", CHAT_TEMPLATE.read_text(encoding="utf-8"), re.DOTALL
-    )
+    found = re.search(r"\[SYSTEM_PROMPT\](.*?)\[/SYSTEM_PROMPT\]", CHAT_TEMPLATE.read_text(encoding="utf-8"), re.DOTALL)
     assert found, CHAT_TEMPLATE
     return found.group(1)
 
@@ -129,9 +125,7 @@ class Enhancer(Decoder):
         self.tokenizer = tokenizer
         self.max_context = int(config.get("max_position_embeddings") or 262144)  # tokens, prompt and answer
         eos = config.get("eos_token_id")
-        self.eos_ids = frozenset(
-            [tokenizer.eos_id] if eos is None else [eos] if isinstance(eos, int) else eos
-        )
+        self.eos_ids = frozenset([tokenizer.eos_id] if eos is None else [eos] if isinstance(eos, int) else eos)
 
     def output_weight(self, like: Tensor) -> Tensor:
         """The embedding's weight [V, D] on the device and in the dtype of `like`; read once per answer.

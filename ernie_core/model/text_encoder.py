@@ -32,28 +32,10 @@ logger = logging.getLogger(__name__)
 Rope = Literal["yarn", "plain"]
 
 # The first special tokens of a tekken file that does not list them (Mistral tekken_240911), in order of id.
-TEKKEN_SPECIALS = (
-    *(
-        "<unk>",
-        "<s>",
-        "</s>",
-        "[INST]",
-        "[/INST]",
-        "[AVAILABLE_TOOLS]",
-        "[/AVAILABLE_TOOLS]",
-        "[TOOL_RESULTS]",
-    ),
-    *(
-        "[/TOOL_RESULTS]",
-        "[TOOL_CALLS]",
-        "[IMG]",
-        "<pad>",
-        "[IMG_BREAK]",
-        "[IMG_END]",
-        "[PREFIX]",
-        "[MIDDLE]",
-    ),
-    *("[SUFFIX]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[TOOL_CONTENT]"),
+TEKKEN_SPECIALS = tuple(
+    "<unk> <s> </s> [INST] [/INST] [AVAILABLE_TOOLS] [/AVAILABLE_TOOLS] [TOOL_RESULTS] [/TOOL_RESULTS] [TOOL_CALLS] "
+    "[IMG] <pad> [IMG_BREAK] [IMG_END] [PREFIX] [MIDDLE] [SUFFIX] [SYSTEM_PROMPT] [/SYSTEM_PROMPT] "
+    "[TOOL_CONTENT]".split()
 )
 
 # config.json names that shape the network; everything else in the file is bookkeeping
@@ -85,9 +67,7 @@ class Tokenizer:
         ids = {name: tokenizer.token_to_id(name) for name in ("<s>", "</s>")}
         missing = [name for name, token_id in ids.items() if token_id is None]
         if missing:
-            raise CheckpointError(
-                f"the tokenizer has no token {' or '.join(missing)}: it belongs to another model."
-            )
+            raise CheckpointError(f"the tokenizer has no token {' or '.join(missing)}: it belongs to another model.")
         self.bos_id: int = ids["<s>"]
         self.eos_id: int = ids["</s>"]
 
@@ -128,8 +108,7 @@ class Tokenizer:
             num_ranks = int(settings.get("default_vocab_size") or len(entries) + num_specials) - num_specials
             alphabet = _byte_alphabet()
             tokens = [
-                base64.b64decode(e["token_bytes"]).decode("latin-1").translate(alphabet)
-                for e in entries[:num_ranks]
+                base64.b64decode(e["token_bytes"]).decode("latin-1").translate(alphabet) for e in entries[:num_ranks]
             ]
         except (ValueError, KeyError, TypeError) as e:
             raise CheckpointError(f"not a readable tekken.json: {type(e).__name__}: {e}") from e
@@ -146,9 +125,7 @@ class Tokenizer:
         vocab = {token: rank + num_specials for token, rank in ranks.items()}
         vocab |= {name: i for i, name in enumerate(names[:num_specials])}
         # ignore_merges: a whole word that is in the vocabulary is taken as it stands, as tiktoken does
-        tokenizer = tokenizers.Tokenizer(
-            models.BPE(vocab=vocab, merges=merges, fuse_unk=False, ignore_merges=True)
-        )
+        tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges, fuse_unk=False, ignore_merges=True))
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [
                 pre_tokenizers.Split(tokenizers.Regex(pattern), behavior="isolated"),
@@ -157,9 +134,7 @@ class Tokenizer:
         )
         tokenizer.decoder = decoders.ByteLevel()
         tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
-        tokenizer.add_special_tokens(
-            [tokenizers.AddedToken(name, special=True) for name in names[:num_specials]]
-        )
+        tokenizer.add_special_tokens([tokenizers.AddedToken(name, special=True) for name in names[:num_specials]])
         return cls(tokenizer)
 
     def to_json(self) -> str:
@@ -248,9 +223,7 @@ def _language_model(config: Mapping[str, Any], num_layers: int, rope: Rope) -> A
     scaled = config.get("model_type") == "ministral3" and parameters.get("llama_4_scaling_beta") is not None
     if not scaled:  # keys that only Ministral 3 knows
         parameters = {
-            k: v
-            for k, v in parameters.items()
-            if k not in ("llama_4_scaling_beta", "max_position_embeddings")
+            k: v for k, v in parameters.items() if k not in ("llama_4_scaling_beta", "max_position_embeddings")
         }
     if parameters:
         values["rope_parameters"] = parameters
@@ -325,9 +298,7 @@ class Decoder(nn.Module):
         refuse_fp16(dtype)
         if type(self.embed_tokens).forward is nn.Embedding.forward:
             return self.embed_tokens(ids_BT)
-        return self.embed_tokens(
-            ids_BT, out_dtype=dtype
-        )  # casting Embeddings take the dtype to emit (comfy.ops)
+        return self.embed_tokens(ids_BT, out_dtype=dtype)  # casting Embeddings take the dtype to emit (comfy.ops)
 
     def run_layers(self, ids_BT: Tensor, cache: Any = None) -> Tensor:
         """Hidden states [B, T, D] after the last layer held here.
@@ -343,9 +314,7 @@ class Decoder(nn.Module):
         # fp32: bf16 cannot tell positions beyond 256 apart
         angles_1TK = positions_1T[..., None].float() * self.inverse_frequencies.to(ids_BT.device)
         angles_1TK = torch.cat([angles_1TK, angles_1TK], dim=-1)
-        rotation = tuple(
-            (part * self._cos_scale).to(x_BTD.dtype) for part in (angles_1TK.cos(), angles_1TK.sin())
-        )
+        rotation = tuple((part * self._cos_scale).to(x_BTD.dtype) for part in (angles_1TK.cos(), angles_1TK.sin()))
         for layer in self.layers:
             x_BTD = layer(
                 x_BTD,
@@ -388,9 +357,7 @@ class TextEncoder(Decoder):
         return self.run_layers(ids_BT)
 
     @torch.no_grad()
-    def encode_ids(
-        self, batch: Sequence[Sequence[int]], *, device: torch.device | str | None = None
-    ) -> list[Tensor]:
+    def encode_ids(self, batch: Sequence[Sequence[int]], *, device: torch.device | str | None = None) -> list[Tensor]:
         """Hidden states [T_i, D] per prompt at its true length, all prompts in one call.
 
         `device` None = where the embedding lies. Raises ErnieError on an empty prompt or an id outside the

@@ -18,8 +18,7 @@ def check_latent(samples: Tensor) -> None:
         )
     if not bool(samples.isfinite().all()):
         raise ErnieError(
-            "a latent of finite numbers expected, this one holds NaN or infinite values; "
-            "look at the node that made it."
+            "a latent of finite numbers expected, this one holds NaN or infinite values; look at the node that made it."
         )
 
 

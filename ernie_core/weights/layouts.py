@@ -195,7 +195,7 @@ def is_vae_attention(name: str) -> bool:
 # --- language models: sizes from shapes ---------------------------------------------------------------------
 
 # text_encoder/config.json (text_config) and pe/config.json of the release; what no tensor's shape tells
-_RELEASED_ROPE = {
+RELEASED_ROPE = {
     "rope_type": "yarn",
     "type": "yarn",
     "rope_theta": 1000000.0,
@@ -213,7 +213,7 @@ _RELEASED_TEXT: dict[str, Any] = {
     "hidden_act": "silu",
     "max_position_embeddings": 262144,
     "rms_norm_eps": 1e-5,
-    "rope_parameters": _RELEASED_ROPE,
+    "rope_parameters": RELEASED_ROPE,
     "sliding_window": None,
     "tie_word_embeddings": True,
     "bos_token_id": 1,

@@ -77,11 +77,7 @@ class Input:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the options as the page gets them."""
-        given = {
-            f.name: getattr(self, f.name)
-            for f in fields(self)
-            if f.name not in ("id", "extra_dict", "optional")
-        }
+        given = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("id", "extra_dict", "optional")}
         options = {_PAGE_NAMES.get(k, k): _plain(v) for k, v in given.items() if v is not None}
         return options | {k: v for k, v in (self.extra_dict or {}).items() if v is not None}
 
@@ -129,9 +125,7 @@ class ComfyType:
         if io_type is not None:
             cls.io_type = io_type
         for slot in ("Input", "Output"):
-            bound = type(
-                slot, (getattr(cls, slot),), {"Parent": cls, "__qualname__": f"{cls.__name__}.{slot}"}
-            )
+            bound = type(slot, (getattr(cls, slot),), {"Parent": cls, "__qualname__": f"{cls.__name__}.{slot}"})
             setattr(cls, slot, bound)
 
 
@@ -297,9 +291,7 @@ class MatchType(ComfyType, io_type="COMFY_MATCHTYPE_V3"):
     class Template:
         def __init__(self, template_id: str, allowed_types: Any = AnyType) -> None:
             self.template_id = template_id
-            self.allowed_types = (
-                list(allowed_types) if isinstance(allowed_types, Iterable) else [allowed_types]
-            )
+            self.allowed_types = list(allowed_types) if isinstance(allowed_types, Iterable) else [allowed_types]
 
         def as_dict(self) -> dict[str, str]:
             allowed = ",".join(t.io_type for t in self.allowed_types)
@@ -370,23 +362,17 @@ class Schema:
 
     def finalize(self) -> None:
         """Name unnamed outputs; give output nodes the prompt and the workflow."""
-        self.inputs, self.outputs, self.hidden = (
-            list(x or []) for x in (self.inputs, self.outputs, self.hidden)
-        )
+        self.inputs, self.outputs, self.hidden = (list(x or []) for x in (self.inputs, self.outputs, self.hidden))
         if self.is_output_node:
             self.hidden += [h for h in (Hidden.prompt, Hidden.extra_pnginfo) if h not in self.hidden]
-        named = (
-            o if o.id is not None else replace(o, id=f"_{i}_{o.io_type}_") for i, o in enumerate(self.outputs)
-        )
+        named = (o if o.id is not None else replace(o, id=f"_{i}_{o.io_type}_") for i, o in enumerate(self.outputs))
         self.outputs = list(named)
 
 
 class NodeOutput:
     """What `execute` returns: output values by position, and what the page should show."""
 
-    def __init__(
-        self, *args: Any, ui: Any = None, expand: dict | None = None, block_execution: str | None = None
-    ):
+    def __init__(self, *args: Any, ui: Any = None, expand: dict | None = None, block_execution: str | None = None):
         self.args = args
         self.ui = ui
         self.expand = expand
@@ -423,9 +409,7 @@ class _NodeMeta(type):
 
     def __setattr__(cls, name: str, value: Any) -> None:
         if cls.__dict__.get("_locked"):
-            raise AttributeError(
-                f"cannot set {name!r} on {cls.__name__} while it runs; keep state at module level."
-            )
+            raise AttributeError(f"cannot set {name!r} on {cls.__name__} while it runs; keep state at module level.")
         super().__setattr__(name, value)
 
 
@@ -483,9 +467,7 @@ class ComfyNode(metaclass=_NodeMeta):
     def PREPARE_CLASS_CLONE(cls, v3_data: Mapping[str, Any] | None) -> type[ComfyNode]:
         """Return a locked subclass whose `hidden` holds what this run knows."""
         hidden = HiddenHolder(v3_data["hidden_inputs"] if v3_data else None)
-        return _NodeMeta(
-            cls.__name__, (cls,), {"hidden": hidden, "_locked": True, "__module__": cls.__module__}
-        )
+        return _NodeMeta(cls.__name__, (cls,), {"hidden": hidden, "_locked": True, "__module__": cls.__module__})
 
     @classmethod
     def EXECUTE_NORMALIZED(cls, *args: Any, **kwargs: Any) -> NodeOutput:
@@ -506,9 +488,7 @@ class ComfyNode(metaclass=_NodeMeta):
             return NodeOutput(*answer)
         if isinstance(answer, dict):
             return NodeOutput(*answer.get("result", ()), ui=answer.get("ui"), expand=answer.get("expand"))
-        raise TypeError(
-            f"{cls.__name__}.execute must return a NodeOutput, a tuple or a dict, got {type(answer)}."
-        )
+        raise TypeError(f"{cls.__name__}.execute must return a NodeOutput, a tuple or a dict, got {type(answer)}.")
 
     FUNCTION = _Function()
     SCHEMA = _FromSchema(lambda s: s)

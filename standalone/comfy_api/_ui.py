@@ -31,9 +31,7 @@ class ImageSaveHelper:
     """Writes image batches as PNG files with the prompt and the workflow inside."""
 
     @staticmethod
-    def save_images(
-        images: Any, filename_prefix: str, folder_type: FolderType, cls: Any
-    ) -> list[SavedResult]:
+    def save_images(images: Any, filename_prefix: str, folder_type: FolderType, cls: Any) -> list[SavedResult]:
         folder = host.output_folder() if folder_type == FolderType.output else host.preview_folder()
         hidden = getattr(cls, "hidden", None)
         paths = host.save_images(

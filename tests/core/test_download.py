@@ -1,6 +1,5 @@
 """Downloads against a fake Hugging Face that serves a folder: planned, resumed, verified, and never unasked."""
 
-
 import errno
 import hashlib
 import sys

@@ -40,9 +40,7 @@ def test_specials_missing_from_a_tekken_file_get_their_known_names(tokenizer):
 def test_specials_listed_in_a_tekken_file_are_used():
     file = json.loads(tekken_bytes())
     names = ["<unk>", "<s>", "</s>", "<odd>"]
-    file["special_tokens"] = [
-        {"rank": i, "token_str": n, "is_control": True} for i, n in reversed([*enumerate(names)])
-    ]
+    file["special_tokens"] = [{"rank": i, "token_str": n, "is_control": True} for i, n in reversed([*enumerate(names)])]
     assert Tokenizer.from_tekken(json.dumps(file).encode()).encode("<odd><SPECIAL_4>") == [1, 3, 4]
 
 
@@ -170,9 +168,7 @@ def test_bad_ids_are_refused_with_numbers(encoder):
 
 def test_gradients_reach_every_parameter(encoder):
     encoder.encode_padded(torch.tensor([[1, 40, 50], [1, 60, 0]])).square().mean().backward()
-    assert [
-        name for name, p in encoder.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0
-    ] == []
+    assert [name for name, p in encoder.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
 
 
 def test_encoding_prompts_tracks_no_gradients(encoder):
@@ -196,9 +192,7 @@ def test_bf16_runs_in_bf16_with_fp32_rope(encoder):
 
 def test_plain_rope_is_unscaled():
     config = text_config()
-    plain, yarn = (
-        TextEncoder(config, rope=rope, device="meta").inverse_frequencies for rope in ("plain", "yarn")
-    )
+    plain, yarn = (TextEncoder(config, rope=rope, device="meta").inverse_frequencies for rope in ("plain", "yarn"))
     half = config["head_dim"] // 2
     assert torch.allclose(plain, 1e6 ** (-torch.arange(half) / half), rtol=1e-6)
     assert (yarn < plain * 0.99).any()

@@ -44,11 +44,7 @@ def _language_model_weights(reference):
     """Weights under the bare names, without what the text encoder does not run."""
     state = {k.removeprefix("language_model."): v for k, v in reference.state_dict().items()}
     last = f"layers.{text_config()['num_hidden_layers'] - 1}."
-    return {
-        k: v
-        for k, v in state.items()
-        if k.startswith(("embed_tokens.", "layers.")) and not k.startswith(last)
-    }
+    return {k: v for k, v in state.items() if k.startswith(("embed_tokens.", "layers.")) and not k.startswith(last)}
 
 
 PLAIN = {"rope_type": "default", "rope_theta": 1e6}
@@ -71,9 +67,7 @@ CASES = {
 
 @pytest.mark.parametrize(("config", "rope", "wrapped"), CASES.values(), ids=CASES)
 def test_hidden_states_are_the_second_to_last_of_transformers(config, rope, wrapped):
-    reference_config = config | {
-        "rope_parameters": dict(PLAIN if rope == "plain" else config["rope_parameters"])
-    }
+    reference_config = config | {"rope_parameters": dict(PLAIN if rope == "plain" else config["rope_parameters"])}
     reference = _reference(reference_config, wrapped)
     ours = TextEncoder(config, rope=rope)
     ours.load_state_dict(_language_model_weights(reference))
@@ -81,9 +75,7 @@ def test_hidden_states_are_the_second_to_last_of_transformers(config, rope, wrap
     batch = [[1, *torch.randint(32, 320, (n - 1,), generator=generator).tolist()] for n in LENGTHS]
     for ids, hidden in zip(batch, ours.encode_ids(batch), strict=True):
         with torch.no_grad():
-            expected = reference(input_ids=torch.tensor([ids]), output_hidden_states=True).hidden_states[-2][
-                0
-            ]
+            expected = reference(input_ids=torch.tensor([ids]), output_hidden_states=True).hidden_states[-2][0]
         error = (hidden - expected).abs().max().item()
         assert error <= 1e-5 * expected.abs().max().item(), (
             len(ids),
@@ -117,11 +109,7 @@ def test_released_shapes(released):
     shapes = {k: tuple(v.shape) for k, v in released.state_dict().items()}
     assert shapes["embed_tokens.weight"] == (131072, 3072)
     assert shapes["layers.24.self_attn.q_proj.weight"] == (4096, 3072)
-    assert (
-        shapes["layers.0.self_attn.k_proj.weight"]
-        == shapes["layers.0.self_attn.v_proj.weight"]
-        == (1024, 3072)
-    )
+    assert shapes["layers.0.self_attn.k_proj.weight"] == shapes["layers.0.self_attn.v_proj.weight"] == (1024, 3072)
     assert shapes["layers.0.self_attn.o_proj.weight"] == (3072, 4096)
     assert shapes["layers.0.mlp.gate_proj.weight"] == shapes["layers.0.mlp.up_proj.weight"] == (9216, 3072)
     assert shapes["layers.0.mlp.down_proj.weight"] == (3072, 9216)

@@ -195,9 +195,7 @@ def test_a_failed_write_leaves_no_half_file(tmp_path, monkeypatch):
 @pytest.mark.parametrize("steps", [8, 20, 50])
 @pytest.mark.parametrize("shift", [1.0, 4.0])
 def test_simple_scheduler_is_our_grid_where_the_steps_divide_1000(steps, shift):
-    assert torch.allclose(
-        core_sigmas("simple", steps, shift=shift), make_sigmas(steps, shift=shift), atol=1e-7
-    )
+    assert torch.allclose(core_sigmas("simple", steps, shift=shift), make_sigmas(steps, shift=shift), atol=1e-7)
 
 
 @pytest.mark.parametrize("scheduler", ["simple", "normal"])
@@ -241,9 +239,7 @@ def test_released_names_lead_to_the_official_folder_of_the_same_name(tmp_path, m
     assert host.list_models("vae") == ["mine.safetensors", "flux2-vae.safetensors", "ERNIE-Image/"]
     assert host.model_path("diffusion_models", "ernie-image.safetensors") == tmp_path / "ERNIE-Image"
     assert host.model_path("vae", "mine.safetensors") == tmp_path / "vae" / "mine.safetensors"
-    with pytest.raises(
-        ErnieError, match=r"'other\.safetensors' expected in .*; there are: mine\.safetensors"
-    ):
+    with pytest.raises(ErnieError, match=r"'other\.safetensors' expected in .*; there are: mine\.safetensors"):
         host.model_path("vae", "other.safetensors")
 
 

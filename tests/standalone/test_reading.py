@@ -143,9 +143,7 @@ def test_a_file_that_is_not_json_is_named(tmp_path):
 
 
 def test_dynamic_prompts_lose_comments_and_choose_one():
-    text = expand_dynamic_prompt(
-        "a {red|blue} cat // note\n/* x */at https://x.y \\{kept\\}", random.Random(0)
-    )
+    text = expand_dynamic_prompt("a {red|blue} cat // note\n/* x */at https://x.y \\{kept\\}", random.Random(0))
     assert text in ("a red cat \nat https://x.y {kept}", "a blue cat \nat https://x.y {kept}")
 
 

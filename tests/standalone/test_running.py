@@ -174,9 +174,7 @@ def test_a_node_can_check_its_own_input():
             return number % 2 == 0 or "an even number expected"
 
     classes = {"Even": Even}
-    validate(
-        make({"1": ("Even", {"number": 4})}).prompt, classes
-    )  # naming an input switches off its range check
+    validate(make({"1": ("Even", {"number": 4})}).prompt, classes)  # naming an input switches off its range check
     with pytest.raises(ErnieError, match="an even number expected"):
         validate(make({"1": ("Even", {"number": 3})}).prompt, classes)
 

@@ -38,9 +38,7 @@ def test_inputs_turn_into_the_pairs_the_page_reads():
                         display_mode=io.NumberDisplay.slider,
                     ),
                     io.String.Input("prompt", multiline=True, dynamic_prompts=True, force_input=True),
-                    io.Combo.Input(
-                        "file", ["a", "b"], upload=io.UploadType.image, extra_dict={"advanced": True}
-                    ),
+                    io.Combo.Input("file", ["a", "b"], upload=io.UploadType.image, extra_dict={"advanced": True}),
                     io.Custom("ERNIE_ENHANCER").Input("enhancer", optional=True, lazy=True),
                 ],
             )

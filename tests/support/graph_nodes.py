@@ -126,9 +126,7 @@ class Show(io.ComfyNode):
 class Text(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
-            node_id="Text", inputs=[io.String.Input("text", default="")], outputs=[io.String.Output()]
-        )
+        return io.Schema(node_id="Text", inputs=[io.String.Input("text", default="")], outputs=[io.String.Output()])
 
     @classmethod
     async def execute(cls, text):

@@ -87,9 +87,7 @@ def released_tekken():
     """Path of the released model's vocabulary, or skip the test: it comes with the package mistral-common."""
     import pytest
 
-    package = pytest.importorskip(
-        "mistral_common", reason="the released vocabulary comes with mistral-common"
-    )
+    package = pytest.importorskip("mistral_common", reason="the released vocabulary comes with mistral-common")
     return Path(package.__file__).parent / "data" / "tekken_240911.json"
 
 

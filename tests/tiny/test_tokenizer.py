@@ -45,10 +45,10 @@ def tekken_ids(content: dict, text: str, tokenizer: Tokenizer) -> list[int]:
 
 
 def test_special_tokens_have_the_released_ids(plain):
-    for index, text in enumerate(t.SPECIAL_TOKENS):
+    for index, text in enumerate(t.TEKKEN_SPECIALS):
         assert plain.token_to_id(text) == index
         assert plain.encode(text).ids == [index]
-    assert (t.SPECIAL_TOKENS[11], t.SPECIAL_TOKENS[17], len(t.SPECIAL_TOKENS)) == (
+    assert (t.TEKKEN_SPECIALS[11], t.TEKKEN_SPECIALS[17], len(t.TEKKEN_SPECIALS)) == (
         "<pad>",
         "[SYSTEM_PROMPT]",
         20,
@@ -120,5 +120,5 @@ def test_an_enhancer_request_has_each_special_token_once(plain):
     request = json.dumps({"prompt": "a red circle", "width": 128, "height": 128})
     text = f"<s>[SYSTEM_PROMPT]{t._system_prompt()}[/SYSTEM_PROMPT][INST]{request}[/INST]"
     ids = plain.encode(text).ids
-    assert [index for index in ids if index < len(t.SPECIAL_TOKENS)] == [1, 17, 18, 3, 4]
+    assert [index for index in ids if index < len(t.TEKKEN_SPECIALS)] == [1, 17, 18, 3, 4]
     assert plain.decode(ids, skip_special_tokens=False) == text
