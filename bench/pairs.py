@@ -1,4 +1,7 @@
-"""Our networks and their diffusers counterparts on one set of random weights, held once in memory."""
+"""Our networks and their diffusers counterparts on one set of random weights, held once in memory.
+
+Peers are cast by `nn.Module.to`: diffusers' own `to` warns about fp32 modules, of which these networks have none.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +41,7 @@ def make_dit_pair(
 
     with torch.device("meta"):
         peer = ErnieImageTransformer2DModel(**config.to_dict())
-    peer = peer.to(dtype).to_empty(device=device).eval().requires_grad_(False)
+    peer = nn.Module.to(peer, dtype).to_empty(device=device).eval().requires_grad_(False)
     randomise(peer, seed=seed)
     ours = DiT(config, dtype=dtype, device="meta").eval().requires_grad_(False)
     ours.load_state_dict(peer.state_dict(), assign=True)
@@ -59,7 +62,7 @@ def make_vae_pair(
             down_block_types=("DownEncoderBlock2D",) * levels,
             up_block_types=("UpDecoderBlock2D",) * levels,
         )
-    peer = peer.to(dtype).to_empty(device=device).eval().requires_grad_(False)
+    peer = nn.Module.to(peer, dtype).to_empty(device=device).eval().requires_grad_(False)
     randomise(peer, seed=seed)
     peer.bn.num_batches_tracked.zero_()
     ours = VAE(config, dtype=dtype, device=device).eval().requires_grad_(False)
