@@ -70,7 +70,8 @@ def test_pictures_equal_those_of_diffusers(pipeline):
 
 @pytest.mark.slow
 def test_paints_what_held_out_prompts_say(pipeline):
-    result = evaluate(pipeline, scenes.heldout_prompts(200), steps=50, cfg=4.0)
+    # The first 60 of the 200 that `python -m tiny evaluate` measures: a minute instead of four.
+    result = evaluate(pipeline, scenes.heldout_prompts(200)[:60], steps=50, cfg=4.0)
     assert result["all"] >= 0.9, result
 
 
