@@ -7,7 +7,9 @@ Without COMFYUI_DIR every test here is skipped and says so. Pages are opened whe
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import itertools
 import json
 import os
 import shutil
@@ -16,14 +18,19 @@ from pathlib import Path
 
 import comfyui_page
 import comfyui_server
+import numpy as np
 import pytest
+import torch
 from comfyui_server import ComfyUI
 from ernie_pack.standalone import graph, host, load_node_classes
 from random_models import write_random_models
+from safetensors.torch import load
 from small_runs import WORKFLOWS
 
 SUPPORTED = (0, 12)
 TINY = comfyui_server.PACK / "tiny" / "ernie-image-tiny"
+
+file_numbers = itertools.count()
 
 
 @pytest.fixture(scope="session")
@@ -38,13 +45,25 @@ def comfyui_folder() -> Path:
 
 
 @pytest.fixture(scope="session")
-def any_server(comfyui_folder):
+def start_comfyui(comfyui_folder):
+    """Start the ComfyUI under test, with the files or folders given as further custom node packs."""
+
+    @contextlib.contextmanager
+    def start(*extra_packs: Path):
+        base = Path(tempfile.mkdtemp(prefix="comfyui-test."))
+        write_models(base / "models")
+        with comfyui_server.running_comfyui(comfyui_folder, base, extra_packs=extra_packs) as server:
+            yield server
+        shutil.rmtree(base, ignore_errors=True)
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def any_server(start_comfyui):
     """A running ComfyUI of any version."""
-    base = Path(tempfile.mkdtemp(prefix="comfyui-test."))
-    write_models(base / "models")
-    with comfyui_server.running_comfyui(comfyui_folder, base) as server:
+    with start_comfyui() as server:
         yield server
-    shutil.rmtree(base, ignore_errors=True)
 
 
 def write_models(folder: Path) -> None:
@@ -79,6 +98,45 @@ def need(server, nodes):
             pytest.skip(f"ComfyUI {dotted(server.version)} has no {', '.join(absent)}")
 
     return check
+
+
+@pytest.fixture
+def latents(server):
+    """Run a graph and return the tensors of the named LATENT links, in order."""
+
+    def run(graph, *links):
+        nodes = [graph.add("SaveLatent", samples=link, filename_prefix=f"test/{next(file_numbers)}") for link in links]
+        finished = server.run(graph.prompt)
+        found = []
+        for node in nodes:
+            (file,) = finished.files(node[0])
+            found.append(load(server.fetch(file))["latent_tensor"])
+        return found
+
+    return run
+
+
+@pytest.fixture
+def images(server):
+    """Run a graph and return the pictures behind the named IMAGE links, as float tensors [H, W, 3]."""
+
+    def run(graph, *links):
+        nodes = [graph.add("SaveImage", images=link, filename_prefix=f"test/{next(file_numbers)}") for link in links]
+        finished = server.run(graph.prompt)
+        found = []
+        for node in nodes:
+            (file,) = finished.files(node[0])
+            found.append(torch.from_numpy(np.asarray(server.picture(file)).copy()).float() / 255)
+        return found
+
+    return run
+
+
+@pytest.fixture
+def new_log(server):
+    """The part of ComfyUI's log that this test wrote."""
+    start = len(server.log_text())
+    return lambda: server.log_text()[start:]
 
 
 @pytest.fixture(scope="session")

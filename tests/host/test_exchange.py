@@ -3,7 +3,6 @@
 Latents are read back through core's SaveLatent, so they are compared as numbers, not as pictures.
 """
 
-import itertools
 import math
 
 import pytest
@@ -13,118 +12,11 @@ from ernie_pack.ernie_core.batch import read_image
 from ernie_pack.ernie_core.weights.checkpoint import read_header, write_safetensors
 from ernie_pack.standalone import host, load_node_classes
 from ernie_pack.standalone.graph import Workflow, run_prompt, validate
-from safetensors.torch import load
+from host_graph import SIDE_PX, STEPS, Graph, difference
 
 pytestmark = pytest.mark.host
 
-SIDE_PX, STEPS, CFG, SEED = 64, 5, 4.0, 7
 SAME = 2e-4  # fp32 rounding of another order of operations, summed over the steps
-names = itertools.count()
-
-
-class Graph:
-    """An API-format workflow with our loaders in it, built node by node."""
-
-    def __init__(self):
-        self.prompt = {}
-        self.model = self.add("ErnieLoadDiffusionModel", model_name="ernie-image.safetensors", weight_dtype="fp32")
-        self.clip = self.add("ErnieLoadTextEncoder", encoder_name="ministral-3-3b.safetensors", rope="yarn")
-        self.vae = self.add("ErnieLoadVAE", vae_name="flux2-vae.safetensors", weight_dtype="fp32")
-        self.positive = self.add("ErnieEncodePrompt", clip=self.clip, prompt="a red star")
-        self.negative = self.add("ErnieEncodePrompt", clip=self.clip, prompt="")
-        self.latent = self.add("ErnieEmptyLatent", size="custom", width=SIDE_PX, height=SIDE_PX, batch_size=1)
-
-    def add(self, kind, **inputs):
-        """Add a node; returns a link to its first output."""
-        number = str(len(self.prompt) + 1)
-        self.prompt[number] = {"class_type": kind, "inputs": inputs}
-        return [number, 0]
-
-    def ernie_sampler(self, *, model=None, shift=4.0, **changes):
-        settings = {
-            "positive": self.positive,
-            "negative": self.negative,
-            "latent_image": self.latent,
-            "preset": "custom",
-            "steps": STEPS,
-            "cfg": CFG,
-            "seed": SEED,
-            "denoise": 1.0,
-        }
-        return self.add("ErnieSampler", model=model or self.model, shift=shift, **settings | changes)
-
-    def ksampler(self, *, model=None, **changes):
-        settings = {
-            "positive": self.positive,
-            "negative": self.negative,
-            "latent_image": self.latent,
-            "steps": STEPS,
-            "cfg": CFG,
-            "seed": SEED,
-            "sampler_name": "euler",
-            "scheduler": "simple",
-            "denoise": 1.0,
-        }
-        return self.add("KSampler", model=model or self.model, **settings | changes)
-
-    def custom_sampler(self, sigmas, *, model=None):
-        return self.add(
-            "SamplerCustomAdvanced",
-            noise=self.add("RandomNoise", noise_seed=SEED),
-            guider=self.add(
-                "CFGGuider", model=model or self.model, positive=self.positive, negative=self.negative, cfg=CFG
-            ),
-            sampler=self.add("KSamplerSelect", sampler_name="euler"),
-            sigmas=sigmas,
-            latent_image=self.latent,
-        )
-
-
-@pytest.fixture
-def latents(server):
-    """Run a graph and return the tensors of the named LATENT links, in order."""
-
-    def run(graph, *links):
-        nodes = [graph.add("SaveLatent", samples=link, filename_prefix=f"test/{next(names)}") for link in links]
-        finished = server.run(graph.prompt)
-        found = []
-        for node in nodes:
-            (file,) = finished.files(node[0])
-            found.append(load(server.fetch(file))["latent_tensor"])
-        return found
-
-    return run
-
-
-@pytest.fixture
-def images(server):
-    """Run a graph and return the pictures behind the named IMAGE links, as float tensors [H, W, 3]."""
-    import numpy as np
-
-    def run(graph, *links):
-        nodes = [graph.add("SaveImage", images=link, filename_prefix=f"test/{next(names)}") for link in links]
-        finished = server.run(graph.prompt)
-        found = []
-        for node in nodes:
-            (file,) = finished.files(node[0])
-            found.append(torch.from_numpy(np.asarray(server.picture(file)).copy()).float() / 255)
-        return found
-
-    return run
-
-
-@pytest.fixture
-def new_log(server):
-    """The part of ComfyUI's log that this test wrote."""
-    start = len(server.log_text())
-    return lambda: server.log_text()[start:]
-
-
-def difference(a, b):
-    assert a.shape == b.shape
-    assert a.isfinite().all()
-    assert a.std() > 1e-3, "the result is one number"
-    return float((a - b).abs().max() / a.abs().max())
 
 
 def test_ksampler_and_our_sampler_give_the_same_latents(latents):

@@ -20,7 +20,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -168,8 +168,11 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def running_comfyui(folder: Path, base: Path) -> Iterator[ComfyUI]:
+def running_comfyui(folder: Path, base: Path, *, extra_packs: Iterable[Path] = ()) -> Iterator[ComfyUI]:
     """ComfyUI in `folder` with this pack and the models in `base`/models; stopped at the end, whatever happens.
+
+    Args:
+        extra_packs: files or folders that ComfyUI loads as custom node packs as well.
 
     Raises:
         HostError: it ends or does not answer; the message has the end of its log.
@@ -177,6 +180,8 @@ def running_comfyui(folder: Path, base: Path) -> Iterator[ComfyUI]:
     for name in ("custom_nodes", "models", "input", "output", "temp", "user"):
         (base / name).mkdir(parents=True, exist_ok=True)
     (base / "custom_nodes" / PACK_NAME).symlink_to(PACK, target_is_directory=True)
+    for pack in extra_packs:
+        (base / "custom_nodes" / pack.name).symlink_to(pack)
     log, port = base / "comfyui.log", free_port()
     command = [interpreter(), "main.py", "--listen", "127.0.0.1", "--port", str(port), "--disable-auto-launch"]
     command += ["--base-directory", str(base)]
