@@ -21,8 +21,9 @@ test: $(VENV)/.test
 	$(BIN)/pyright
 	$(BIN)/python -m pytest -q -m "not host and not gpu"
 
-# A real ComfyUI: make test-host COMFYUI_DIR=/path/to/ComfyUI [COMFYUI_PYTHON=/path/to/its/python]
-test-host: $(VENV)/.test
+# A real ComfyUI: make test-host COMFYUI_DIR=/path/to/ComfyUI COMFYUI_PYTHON=/path/to/its/python
+# (the python that ComfyUI runs with; ours is used where none is named). Pages are opened in the chromium on PATH.
+test-host: $(VENV)/.host
 	$(BIN)/python -m pytest -q -rs -m host tests/host
 
 bench: $(VENV)/.test
@@ -44,4 +45,8 @@ $(VENV)/.demo: pyproject.toml
 
 $(VENV)/.test: $(VENV)/.demo
 	$(BIN)/python -m pip install -q ".[dev,parity]"
+	touch $@
+
+$(VENV)/.host: $(VENV)/.test
+	$(BIN)/python -m pip install -q ".[host]"
 	touch $@
