@@ -22,7 +22,7 @@ from . import dit, enhancer, package, scenes, vae
 from . import tokenizer as tiny_tokenizer
 from .evaluate import evaluate
 
-STAGES = ("vae", "dit", "enhancer", "package")
+STAGES = ("vae", "dit", "refine", "enhancer", "package")
 
 
 def train(args: argparse.Namespace) -> None:
@@ -41,19 +41,25 @@ def train(args: argparse.Namespace) -> None:
     stages = STAGES if args.stage == "all" else (args.stage,)
     if "vae" in stages:
         vae.train_vae(seed=args.seed, device=device, checkpoint=work / "vae.safetensors")
-    if "dit" in stages:
+    if "dit" in stages or "refine" in stages:
         encoder = VAE(vae.CONFIG)
         encoder.load_state_dict(load_file(work / "vae.safetensors"))
-        dit.train_dit(
-            encoder.to(device).eval(),
-            tokenizer,
-            text_config,
-            steps=args.dit_steps,
-            pictures=8000,
-            seed=args.seed,
-            device=device,
-            checkpoint=work / "dit.safetensors",
-        )
+        encoder = encoder.to(device, memory_format=torch.channels_last).eval()
+        for stage, steps, lr, seed in (("dit", 2600, 4e-3, args.seed), ("refine", 750, 2e-3, args.seed + 1)):
+            if stage in stages:
+                latents, shown = dit.encode_pictures(encoder, 8000, seed)
+                dit.train_dit(
+                    latents,
+                    shown,
+                    tokenizer,
+                    text_config,
+                    steps=steps,
+                    lr=lr,
+                    seed=seed,
+                    device=device,
+                    checkpoint=work / f"{stage}.safetensors",
+                    initial=load_file(work / "dit.safetensors") if stage == "refine" else None,
+                )
     if "enhancer" in stages:
         enhancer.train_enhancer(
             tokenizer,
@@ -64,7 +70,7 @@ def train(args: argparse.Namespace) -> None:
             checkpoint=work / "enhancer.safetensors",
         )
     if "package" in stages:
-        both = load_file(work / "dit.safetensors")
+        both = load_file(work / "refine.safetensors")
         package.write_folder(
             args.out,
             transformer=_part(both, "transformer."),
@@ -108,7 +114,6 @@ def main() -> int:
     command.add_argument("--stage", choices=("all", *STAGES), default="all")
     command.add_argument("--work", type=Path, default=Path("out/tiny"), help="folder for checkpoints between stages")
     command.add_argument("--out", type=Path, default=package.FOLDER, help="folder of the finished model")
-    command.add_argument("--dit-steps", type=int, default=2600)
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--device", help="cuda or cpu; default: cuda where there is one")
     command.set_defaults(run=train)

@@ -75,11 +75,11 @@ def language_config(*, model_type: str, vocab_size: int, hidden_size: int, heads
 
 
 @torch.no_grad()
-def encode_pictures(
-    vae: VAE, pool: Sequence[scenes.Scene], count: int, rng: np.random.Generator
-) -> tuple[Tensor, list[scenes.Scene]]:
-    """Normalised latents [count, 128, 8, 8] (CPU fp32) of random scenes, and the scenes."""
+def encode_pictures(vae: VAE, count: int, seed: int) -> tuple[Tensor, list[scenes.Scene]]:
+    """Normalised latents [count, 128, 8, 8] (CPU fp32) of random training scenes, and the scenes."""
     device = vae.quant_conv.weight.device
+    rng = np.random.default_rng([seed, 2])
+    pool, _ = scenes.split()
     shown = [pool[i] for i in rng.integers(len(pool), size=count)]
     parts = []
     for start in range(0, count, 32):
@@ -129,26 +129,32 @@ class TextToVelocity(nn.Module):
 
 
 def train_dit(
-    vae: VAE,
+    latents: Tensor,
+    shown: Sequence[scenes.Scene],
     tokenizer: Tokenizer,
     text_config: dict,
     *,
     steps: int,
-    pictures: int,
+    lr: float,
     seed: int,
     device: torch.device,
     checkpoint: Path,
+    initial: dict[str, Tensor] | None = None,
     batch: int = 32,
-    lr: float = 4e-3,
 ) -> TextToVelocity:
-    """The trained text encoder and DiT (exponential moving average, fp32, eval); saved to `checkpoint` on the way."""
+    """The trained text encoder and DiT (exponential moving average, fp32, eval); saved to `checkpoint` on the way.
+
+    Args:
+        latents, shown: from `encode_pictures`.
+        lr: peak; it falls to 0 at the end.
+        initial: weights to start from; None = from scratch.
+        batch: pictures per step, half as many when their captions are long.
+    """
     torch.manual_seed(seed)
-    rng = np.random.default_rng([seed, 2])
     generator = torch.Generator().manual_seed(seed)
-    pool, _ = scenes.split()
-    latents, shown = encode_pictures(vae, pool, pictures, rng)
-    logger.info("encoded %d pictures", pictures)
     model = TextToVelocity(text_config).to(device).train()
+    if initial is not None:
+        model.load_state_dict(initial)
     average = TextToVelocity(text_config).to(device).eval().requires_grad_(False)
     average.load_state_dict(model.state_dict())
     named = dict(model.named_parameters())
