@@ -146,7 +146,8 @@ def test_right_padding_and_company_do_not_change_a_prompt(encoder):
 def test_a_permuted_batch_gives_the_permuted_result(encoder):
     batch = [[1, 40], [1, 50, 60], [1, 70, 80]]
     forward, backward = encoder.encode_ids(batch), encoder.encode_ids(batch[::-1])
-    assert all(torch.equal(a, b) for a, b in zip(forward, backward[::-1], strict=True))
+    for a, b in zip(forward, backward[::-1], strict=True):  # not bit for bit: threads share a batch out by row
+        assert torch.allclose(a, b, atol=1e-5)
 
 
 def test_later_tokens_do_not_reach_earlier_ones(encoder):
