@@ -243,14 +243,6 @@ def canonical_caption(scene: Scene) -> str:
     return _CANONICAL.format_map(_words(scene))
 
 
-def training_caption(scene: Scene, rng: np.random.Generator) -> str:
-    """A caption as training mixes them: a quarter long, a quarter canonical, half any short wording."""
-    draw_kind = rng.random()
-    if draw_kind < 0.25:
-        return long_description(named_facts(scene), rng)
-    return canonical_caption(scene) if draw_kind < 0.5 else caption(scene, rng)
-
-
 def short_prompt(scene: Scene, rng: np.random.Generator, keep: Collection[str] | None = None) -> str:
     """A prompt that names colour and shape and, of the rest, only the facts in `keep` (None: a random few).
 

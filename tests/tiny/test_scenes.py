@@ -121,11 +121,6 @@ def test_long_description_of_all_facts_changes_none(rng):
         assert s.facts(s.long_description(s.named_facts(scene), rng)) == s.named_facts(scene)
 
 
-def test_training_captions_mix_long_and_short(rng):
-    lengths = [len(s.training_caption(ALL[index % len(ALL)], rng).split()) for index in range(2000)]
-    assert 0.2 < np.mean(np.array(lengths) >= 35) < 0.3
-
-
 def test_facts_ignores_what_is_named_twice_differently():
     assert s.facts("a red circle and a blue circle at the TOP  left") == {
         "shape": "circle",
