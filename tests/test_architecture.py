@@ -21,7 +21,13 @@ LEVELS = [
     {"sampling.inputs", "sampling.schedule", "sampling.latents", "sampling.guidance", "model.rope", "model.attention"},
     {"model.dit", "model.vae", "model.text_encoder", "model.enhancer", "sampling.samplers"},
     {"weights.layouts", "weights.quantise", "weights.checkpoint", "weights.download", "weights.lora"},
-    {"batch", "pipeline", "cli"},
+    {"batch", "pipeline"},
+    {"training.adapters", "training.blocks", "training.objectives", "training.buckets", "training.dataset"},
+    {"training.base", "training.caching", "training.recipe", "training.optimisers"},
+    {"training.state", "training.previews", "training.preflight"},
+    {"training.trainer"},
+    {"training.job"},
+    {"cli"},
 ]
 
 
