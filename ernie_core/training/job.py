@@ -1,0 +1,157 @@
+"""A training job as others see it: start its worker process, watch it, stop it, report on it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from ..errors import ErnieError
+from .previews import curve_panels, draw_curves
+from .state import Job
+
+PACK_ROOT = Path(__file__).resolve().parents[2]
+
+JobState = Literal["new", "running", "stopped", "finished", "failed"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Status:
+    """Where a job stands."""
+
+    state: JobState
+    """`stopped`: not running and not finished, on request or because the process died; it can be resumed."""
+    step: int
+    steps: int
+    loss: float | None
+    seconds_left: float | None
+    message: str
+    """One line: what it is doing, or why it ended."""
+    alarms: tuple[str, ...] = ()
+
+
+def status(job: Job) -> Status:
+    """Read from the folder alone, so any process may ask at any time."""
+    steps = job.recipe().steps
+    events = job.events()
+    done = [e for e in events if e["event"] == "step"]
+    step = done[-1]["step"] if done else 0
+    last = events[-1] if events else None
+    running = job.is_running()
+    state: JobState = "running" if running else "new" if last is None else "stopped"
+    message = ""
+    if last is not None:
+        message = str(last.get("message", ""))
+        if not running and last["event"] in ("finished", "failed"):
+            state = last["event"]
+        elif not running and last["event"] not in ("stopped",):
+            message = f"the process ended at step {step} without a word (killed, or out of memory): resume it."
+    recent = [e["seconds"] for e in done[-20:]]
+    left = sum(recent) / len(recent) * (steps - step) if recent else None
+    alarms = tuple(dict.fromkeys(e["message"] for e in events if e["event"] == "alarm"))
+    loss = done[-1]["loss"] if done else None
+    return Status(state=state, step=step, steps=steps, loss=loss, seconds_left=left, message=message, alarms=alarms)
+
+
+def start_worker(job: Job, *, environment: Mapping[str, str] | None = None) -> subprocess.Popen:
+    """Start a process that trains `job`, from its last checkpoint or from nothing; it outlives this one.
+
+    Raises:
+        ErnieError: one is running already.
+    """
+    if job.is_running():
+        raise ErnieError(f"the job {job.folder.name} is running already: attach to it.")
+    env = {**os.environ, **(environment or {})}
+    # The engine is importable from the pack's folder whatever that is called.
+    env["PYTHONPATH"] = os.pathsep.join([str(PACK_ROOT), *filter(None, [env.get("PYTHONPATH")])])
+    options: dict[str, Any] = {"start_new_session": True}
+    if os.name == "nt":
+        options = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}  # type: ignore[attr-defined]
+    with job.log_path.open("ab") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "ernie_core.cli", "train", str(job.folder.resolve())],
+            cwd=job.folder,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            **options,
+        )
+
+
+def watch(job: Job, on_status: Callable[[Status], None], *, worker: subprocess.Popen | None = None, seconds: float = 0.5):
+    """Call `on_status` until the job is neither running nor starting; `on_status` may raise to stop watching.
+
+    Returns the last status.
+    """
+    while True:
+        starting = worker is not None and worker.poll() is None
+        now = status(job)
+        on_status(now)
+        if now.state != "running" and not starting:
+            return now
+        time.sleep(seconds)
+
+
+def log_tail(job: Job, lines: int = 15) -> str:
+    """The end of the worker's own output, for an error message."""
+    if not job.log_path.exists():
+        return ""
+    return "\n".join(job.log_path.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What a person wants to see of a job."""
+
+    text: str
+    """Markdown."""
+    curves: np.ndarray
+    """uint8 [H, W, 3]."""
+    samples: np.ndarray | None
+    """The newest sample grid, uint8 [H, W, 3]."""
+
+
+def report(job: Job) -> Report:
+    """Numbers, curves and the newest samples of a job, running or not."""
+    from PIL import Image
+
+    now = status(job)
+    recipe = job.recipe()
+    events = job.events()
+    counts = {kind: sum(e["event"] == kind for e in events) for kind in ("bad_step", "out_of_memory", "saved")}
+    a, o = recipe.adapter, recipe.optimiser
+    lines = [
+        f"# {recipe.name}",
+        f"{now.state}: step {now.step} of {now.steps}" + (f", {format_seconds(now.seconds_left)} left" if now.state == "running" and now.seconds_left else ""),
+        "",
+        f"- objective {recipe.objective}, {a.algorithm} rank {a.rank}, learning rate {o.lr:g} ({o.name}, {o.schedule}), "
+        f"effective (x alpha / rank) {recipe.effective_lr:g}",
+        f"- {recipe.batch_size} x {recipe.accumulation} samples a step, base in {recipe.precision}, seed {recipe.seed}",
+        f"- checkpoints written: {counts['saved']}; steps thrown away because of NaN: {counts['bad_step']}; "
+        f"out of memory: {counts['out_of_memory']}",
+    ]
+    done = [e for e in events if e["event"] == "step"]
+    if done:
+        seconds = [e["seconds"] for e in done]
+        lines.append(f"- loss {np.mean([e['loss'] for e in done[-50:]]):.4f} (last 50 steps), {np.median(seconds):.2f} s a step")
+    if now.message:
+        lines.append(f"- {now.message}")
+    lines += [f"- **alarm**: {alarm}" for alarm in now.alarms]
+    grids = sorted(job.samples_folder.glob("step-*.png"))
+    samples = np.asarray(Image.open(grids[-1]).convert("RGB")) if grids else None
+    return Report(text="\n".join(lines), curves=draw_curves(curve_panels(events)), samples=samples)
+
+
+def format_seconds(seconds: float) -> str:
+    """`75` as 1 min 15 s."""
+    whole = round(seconds)
+    hours, minutes, rest = whole // 3600, whole // 60 % 60, whole % 60
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
