@@ -630,7 +630,8 @@ def write_safetensors(
     _write_whole(path, needed, write)
 
 
-def _write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
+    """Write a text file in UTF-8 whole or not at all; ErnieError as for `write_safetensors`."""
     data = text.encode("utf-8")
     _write_whole(path, len(data), lambda temporary: temporary.write_bytes(data))
 
@@ -720,7 +721,7 @@ def save_folder_component(component: Component, folder: Path | str, *, max_shard
     if isinstance(component.tokenizer, bytes):
         tensors[TEKKEN_KEY] = torch.frombuffer(bytearray(component.tokenizer), dtype=torch.uint8)
     elif component.tokenizer is not None:
-        _write_text(root / TOKENIZER_FOLDERS[component.kind] / "tokenizer.json", component.tokenizer)
+        write_text(root / TOKENIZER_FOLDERS[component.kind] / "tokenizer.json", component.tokenizer)
     stem = "model" if component.kind in TOKENIZER_FOLDERS else "diffusion_pytorch_model"
     shards = _split(tensors, max_shard_bytes)
     if len(shards) == 1:
@@ -733,8 +734,8 @@ def save_folder_component(component: Component, folder: Path | str, *, max_shard
             weight_map |= dict.fromkeys(shard, name)
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
-        _write_text(sub / f"{stem}.safetensors.index.json", json.dumps(index, indent=2) + "\n")
-    _write_text(sub / "config.json", json.dumps(config, indent=2) + "\n")
+        write_text(sub / f"{stem}.safetensors.index.json", json.dumps(index, indent=2) + "\n")
+    write_text(sub / "config.json", json.dumps(config, indent=2) + "\n")
     return sub
 
 
