@@ -11,10 +11,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, cast
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from ..errors import CheckpointError
 
@@ -190,3 +191,76 @@ def quantise_fp8(weight: Tensor, dtype: torch.dtype = torch.float8_e4m3fn) -> tu
     scale = torch.where(largest > 0, largest / torch.finfo(dtype).max, torch.ones_like(largest))
     limit = torch.finfo(dtype).max
     return (weight.detach().float() / scale).clamp(-limit, limit).to(dtype), scale
+
+
+# --- computing with 8-bit weights ---------------------------------------------------------------------------
+
+RowFormat = Literal["fp8", "int8"]
+
+
+def quantise_rows(weight: Tensor, format: RowFormat) -> tuple[Tensor, Tensor]:
+    """(8-bit weight, fp32 scale [out, 1]): the largest absolute value of each row lands on the format's largest number.
+
+    fp8 is e4m3, int8 symmetric. A row of zeros stays zeros.
+
+    Raises:
+        CheckpointError: infinite or undefined values, which no scale can hold.
+    """
+    exact = weight.detach().float()
+    largest = exact.abs().amax(1, keepdim=True)
+    if not bool(torch.isfinite(largest).all()):
+        raise CheckpointError("the weight holds infinite or undefined values; take another file.")
+    limit = torch.finfo(torch.float8_e4m3fn).max if format == "fp8" else 127.0
+    scale = torch.where(largest > 0, largest / limit, torch.ones_like(largest))
+    scaled = (exact / scale).clamp(-limit, limit)
+    return (scaled.to(torch.float8_e4m3fn) if format == "fp8" else scaled.round().to(torch.int8)), scale
+
+
+class _QuantisedProduct(torch.autograd.Function):
+    """x W^T with W multiplied out for the call, and again in backward: no 16-bit copy is kept between the two."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight, scale)
+        return F.linear(x, _multiply_out(weight, scale, x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,), (weight, scale) = grads, ctx.saved_tensors
+        return grad @ _multiply_out(weight, scale, grad.dtype), None, None, None
+
+
+def _multiply_out(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    return (weight.float() * scale).to(dtype)
+
+
+class QuantisedLinear(nn.Module):
+    """A frozen linear layer whose weight stays in 8 bits; activations and products are in the input's dtype.
+
+    `weight` [out, in] is fp8 or int8, `weight_scale` fp32, one number or one per row [out, 1].
+    """
+
+    def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None = None):
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        if scale.numel() not in (1, self.out_features):
+            raise CheckpointError(
+                f"weight_scale must hold one number or one per row ({self.out_features}), got shape "
+                f"{tuple(scale.shape)}."
+            )
+        self.weight: Tensor
+        self.weight_scale: Tensor
+        self.bias: Tensor | None
+        self.register_buffer("weight", weight)
+        self.register_buffer("weight_scale", scale.float().reshape(-1, 1) if scale.numel() > 1 else scale.float())
+        self.register_buffer("bias", bias)
+
+    def dequantised(self, dtype: torch.dtype) -> Tensor:
+        """The weight multiplied out."""
+        return _multiply_out(self.weight, self.weight_scale, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, _QuantisedProduct.apply(x, self.weight, self.weight_scale, self.bias))
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, dtype={self.weight.dtype}"
