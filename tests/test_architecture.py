@@ -21,6 +21,7 @@ LEVELS = [
     {"sampling.inputs", "sampling.schedule", "sampling.latents", "sampling.guidance", "model.rope", "model.attention"},
     {"model.dit", "model.vae", "model.text_encoder", "model.enhancer", "sampling.samplers"},
     {"weights.layouts", "weights.quantise", "weights.checkpoint", "weights.download", "weights.lora"},
+    {"weights.lora_hooks", "weights.lora_edit"},
     {"batch", "pipeline"},
     {"training.adapters", "training.blocks", "training.objectives", "training.buckets", "training.dataset"},
     {"training.base", "training.caching", "training.recipe", "training.optimisers"},

@@ -630,6 +630,53 @@ def write_safetensors(
     _write_whole(path, needed, write)
 
 
+_FILE_DTYPES = {  # names of the safetensors format
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+def write_safetensors_in_turn(
+    like: Mapping[str, Tensor],
+    make: Callable[[str], Tensor],
+    path: Path | str,
+    *,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """`write_safetensors` of tensors that are made one after the other, so that they never lie in memory together.
+
+    Args:
+        like: tensors of the names, dtypes and shapes to write; they may be on the meta device.
+        make: gives the tensor of a name; it is asked once per name, in the order of `like`.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name, tensor in like.items():
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": _FILE_DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode("utf-8")
+    text += b" " * (-len(text) % 8)  # data begins at a multiple of 8, as the format asks for
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:
+            file.write(struct.pack("<Q", len(text)) + text)
+            for name, expected in like.items():
+                tensor = make(name).detach().to("cpu").contiguous()
+                assert (tensor.dtype, tensor.shape) == (expected.dtype, expected.shape), name
+                file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+
+    _write_whole(Path(path), end + 8 + len(text), write)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file in UTF-8 whole or not at all; ErnieError as for `write_safetensors`."""
     data = text.encode("utf-8")

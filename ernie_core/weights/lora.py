@@ -274,7 +274,7 @@ _UNREAD = {
 _OTHER_MODELS: tuple[tuple[str, str], ...] = (
     ("FLUX.2", r"double_stream_modulation|to_qkv_mlp_proj|single_stream_modulation"),
     ("Chroma", r"distilled_guidance_layer"),
-    ("HunyuanVideo", r"double_blocks[._]\d+[._]img_attn_qkv|individual_token_refiner"),
+    ("HunyuanVideo", r"double_blocks\.\d+\.img_attn_qkv|individual_token_refiner"),
     ("FLUX", r"double_blocks[._]\d|single_blocks[._]\d|single_transformer_blocks[._]\d"),
     ("Qwen-Image", r"transformer_blocks[._]\d+[._](?:img_mlp|txt_mlp|img_mod|txt_mod|attn[._]add_q_proj)"),
     ("HiDream", r"double_stream_blocks|single_stream_blocks"),
@@ -597,6 +597,100 @@ def _mismatch(state_dict: Mapping[str, Tensor], matched: int, unmatched: list[st
             ),
         )
     )
+
+
+# --- strength per block -------------------------------------------------------------------------------------
+
+_PARTS: dict[str, str] = {
+    "attention": "self_attention",
+    "mlp": "mlp",
+    "to_q": "self_attention.to_q",
+    "to_k": "self_attention.to_k",
+    "to_v": "self_attention.to_v",
+    "to_out": "self_attention.to_out",
+    "gate_proj": "mlp.gate_proj",
+    "up_proj": "mlp.up_proj",
+    "linear_fc2": "mlp.linear_fc2",
+}
+BLOCK_SYNTAX = (
+    "block weights are entries such as 0-11:0.5, 12:1, attention:0.8, 12-23 mlp:0, other:0 or all:0, separated by "
+    f"commas or new lines; parts of a block are {', '.join(_PARTS)}; other = outside the blocks"
+)
+_ENTRY = re.compile(r"^(?P<blocks>\d+(?:\s*-\s*\d+)?)?\s*(?P<part>[A-Za-z_]\w*)?$")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockWeight:
+    """One entry of a block-weight text."""
+
+    first: int | None
+    """First block; None = every block."""
+    last: int | None
+    part: str | None
+    """A key of the parts, "all" or "other"; None = the whole block."""
+    weight: float
+
+    def covers(self, path: str) -> bool:
+        block = re.match(r"layers\.(\d+)\.(.+)$", path)
+        if block is None or self.part in ("all", "other"):
+            return self.part == "all" or (self.part == "other" and block is None)
+        if self.first is not None and self.last is not None and not self.first <= int(block[1]) <= self.last:
+            return False
+        return self.part is None or f"{block[2]}.".startswith(f"{_PARTS[self.part]}.")
+
+
+def parse_block_weights(text: str, num_layers: int) -> tuple[BlockWeight, ...]:
+    """The entries of a block-weight text; empty for an empty text.
+
+    An entry is `blocks:weight`, `part:weight` or `blocks part:weight`. Where entries overlap the last one holds; what
+    none names keeps weight 1, so `all:0, 12-20:1` leaves blocks 12 to 20 only.
+
+    Raises:
+        ErnieError: an entry that is not one, or a block that the model does not have.
+    """
+    entries: list[BlockWeight] = []
+    for entry in filter(None, (part.strip() for part in re.split(r"[,;\n]", text))):
+        selector, colon, number = (part.strip() for part in entry.rpartition(":"))
+        match = _ENTRY.match(selector)
+        try:
+            weight = float(number)
+        except ValueError:
+            weight = float("nan")
+        if not colon or not selector or match is None or not torch.isfinite(torch.tensor(weight)):
+            raise ErnieError(f"{entry!r} is no block weight: {BLOCK_SYNTAX}.")
+        part, first, last = match["part"], None, None
+        if part is not None and part not in (*_PARTS, "all", "other"):
+            raise ErnieError(f"{part!r} in {entry!r} is no part of the model: {BLOCK_SYNTAX}.")
+        if match["blocks"]:
+            first, last = _block_range(match["blocks"])
+            if part in ("all", "other"):
+                raise ErnieError(f"{entry!r} names blocks and {part}, which is not in blocks: {BLOCK_SYNTAX}.")
+            if first > last or last >= num_layers:
+                raise ErnieError(f"{entry!r} must name blocks from 0 to {num_layers - 1}, the lower one first.")
+        entries.append(BlockWeight(first=first, last=last, part=part, weight=weight))
+    return tuple(entries)
+
+
+def _block_range(text: str) -> tuple[int, int]:
+    first, _, last = text.partition("-")
+    return int(first), int(last or first)
+
+
+def module_strengths(lora: Lora, strength: float, blocks: str, shapes: Mapping[str, Shape]) -> dict[str, float]:
+    """{module path: strength * block weight} of the modules that are to change; those at 0 are left out.
+
+    Args:
+        blocks: text for `parse_block_weights`.
+        shapes: the transformer's, which say how many blocks there are.
+    """
+    numbers = [int(path.split(".")[1]) for path in shapes if path.startswith("layers.")]
+    weights = parse_block_weights(blocks, 1 + max(numbers, default=-1))
+    chosen: dict[str, float] = {}
+    for path in lora.layers:
+        weight = next((entry.weight for entry in reversed(weights) if entry.covers(path)), 1.0)
+        if strength * weight:
+            chosen[path] = strength * weight
+    return chosen
 
 
 # --- writing ------------------------------------------------------------------------------------------------
