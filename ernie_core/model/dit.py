@@ -12,7 +12,7 @@ N heads · K head dim. The residual stream exceeds fp16's range: run in bf16 or 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -113,6 +113,15 @@ class Block(nn.Module):
         return torch.addcmul(x_BSD, gate_m, self.mlp(n))
 
 
+# run_block(index, block, x_BSD, modulation, rope, lengths, attend) -> x_BSD
+RunBlock = Callable[[int, Any, Tensor, Modulation, RopeTable, Sequence[int] | None, AttentionFunction], Tensor]
+
+
+def call_block(_index: int, block: Block, *inputs: Any) -> Tensor:
+    """The `run_block` of inference: the block itself."""
+    return block(*inputs)
+
+
 class FinalNorm(nn.Module):
     def __init__(self, config: DiTConfig, ops: Any, **factory: Any):
         super().__init__()
@@ -193,6 +202,7 @@ class DiT(nn.Module):
         text_lengths: Sequence[int] | None = None,
         rope: RopeTable | None = None,
         attend: AttentionFunction = attention,
+        run_block: RunBlock = call_block,
         transformer_options: dict[str, Any] | None = None,
     ) -> Tensor:
         """Velocity [B, C, H, W] in the dtype of `x_BCHW`.
@@ -205,6 +215,8 @@ class DiT(nn.Module):
                 all are equal no mask exists anywhere.
             rope: table from `self.rope`; None computes it here, once per call.
             attend: attention function, called as attend(q_BSNK, k_BSNK, v_BSNK, lengths).
+            run_block: runs one block, called as run_block(index, block, x_BSD, modulation, rope, lengths, attend);
+                where training recomputes, streams or skips blocks (`training.blocks`).
             transformer_options: the host's dictionary. Block patches ("patches": post_input, single_block,
                 double_block), block replacements ("patches_replace"/"dit", key ("single_block", i) or, as other
                 single-kind models use, ("double_block", i)) and "rope_options" are honoured; block_index, block_type,
@@ -249,11 +261,11 @@ class DiT(nn.Module):
             text = self.text_proj(text)
         c_BD, modulation = self.modulation(timesteps_B, x_BCHW.dtype)
         if options:
-            x_BSD = self._patched_blocks(image, text, modulation, rope, lengths, attend, options, x_BCHW)
+            x_BSD = self._patched_blocks(image, text, modulation, rope, lengths, attend, run_block, options, x_BCHW)
         else:
             x_BSD = torch.cat([image, text], dim=1)
-            for block in self.layers:
-                x_BSD = block(x_BSD, modulation, rope, lengths, attend)
+            for i, block in enumerate(self.layers):
+                x_BSD = run_block(i, block, x_BSD, modulation, rope, lengths, attend)
 
         out = self.final_linear(self.final_norm(x_BSD[:, :tokens], c_BD))
         return rearrange(out, "b (h w) (p q c) -> b c (h p) (w q)", h=height // p, p=p, q=p)
@@ -266,6 +278,7 @@ class DiT(nn.Module):
         rope: RopeTable,
         lengths: Sequence[int] | None,
         attend: AttentionFunction,
+        run_block: RunBlock,
         options: dict[str, Any],
         x_BCHW: Tensor,
     ) -> Tensor:
@@ -281,8 +294,8 @@ class DiT(nn.Module):
         for i, block in enumerate(self.layers):
             options["block_index"] = i
 
-            def original(args: Mapping[str, Any], block: Block = block) -> dict[str, Any]:
-                return {"img": block(args["img"], args["vec"], args["pe"], lengths, attend)}
+            def original(args: Mapping[str, Any], i: int = i, block: nn.Module = block) -> dict[str, Any]:
+                return {"img": run_block(i, block, args["img"], args["vec"], args["pe"], lengths, attend)}
 
             args = {"img": x_BSD, "vec": modulation, "pe": rope, "transformer_options": options}
             replace = replacements.get(("single_block", i)) or replacements.get(("double_block", i))
