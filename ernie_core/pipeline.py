@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .config import BASE, check_size
 from .errors import ErnieError
-from .model.dit import DiT
+from .model.dit import DiT, RunBlock, call_block
 from .model.enhancer import Enhancer
 from .model.text_encoder import TextEncoder, Tokenizer
 from .model.vae import VAE
@@ -25,8 +25,13 @@ from .sampling.samplers import OnStep, sample_euler
 from .sampling.schedule import NUM_TRAIN_TIMESTEPS, make_sigmas
 
 
-def make_denoise(transformer: DiT, texts: Sequence[Tensor], height_lat: int, width_lat: int) -> Denoise:
-    """denoise(x, sigma) conditioned on `texts` (one [T_i, D] per picture), the RoPE table computed once for the run."""
+def make_denoise(
+    transformer: DiT, texts: Sequence[Tensor], height_lat: int, width_lat: int, *, run_block: RunBlock = call_block
+) -> Denoise:
+    """denoise(x, sigma) conditioned on `texts` (one [T_i, D] per picture), the RoPE table computed once for the run.
+
+    `run_block`: as in `DiT.forward`.
+    """
     weight = transformer.text_proj.weight if transformer.text_proj is not None else transformer.final_linear.weight
     device, dtype = weight.device, weight.dtype
     text_lengths = [len(t) for t in texts]
@@ -36,7 +41,8 @@ def make_denoise(transformer: DiT, texts: Sequence[Tensor], height_lat: int, wid
     @torch.no_grad()
     def denoise(x_BCHW: Tensor, sigma: float) -> Tensor:
         timesteps = torch.full((len(texts),), NUM_TRAIN_TIMESTEPS * sigma, dtype=torch.float32, device=device)
-        return transformer(x_BCHW.to(device, dtype), timesteps, text_BTD, text_lengths=text_lengths, rope=rope)
+        x_BCHW = x_BCHW.to(device, dtype)
+        return transformer(x_BCHW, timesteps, text_BTD, text_lengths=text_lengths, rope=rope, run_block=run_block)
 
     return denoise
 

@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +60,31 @@ def throw_if_interrupted() -> None:
     comfy.model_management.throw_exception_if_processing_interrupted()
 
 
+def is_interrupted() -> bool:
+    """Whether the user pressed cancel and `throw_if_interrupted` has not been called since."""
+    import comfy.model_management
+
+    return comfy.model_management.processing_interrupted()
+
+
+def block_output() -> Any:
+    """What an output holds when there is nothing to hand on yet: nodes behind it do not run."""
+    from comfy_execution.graph_utils import ExecutionBlocker
+
+    return ExecutionBlocker(None)
+
+
+def unload_models() -> None:
+    """Give the accelerator's memory back, for another process to use."""
+    import comfy.model_management as mm
+
+    mm.unload_all_models()
+    mm.soft_empty_cache()
+
+
 def progress(total: int):
-    """The host's progress bar: `.update_absolute(value, total)`."""
+    """The host's progress bar: `.update_absolute(value, total, preview)`; preview = ("JPEG", PIL image, longest side)
+    or None."""
     import comfy.utils
 
     return comfy.utils.ProgressBar(total)
@@ -96,6 +119,39 @@ def input_folder() -> Path:
     import folder_paths
 
     return Path(folder_paths.get_input_directory())
+
+
+def jobs_folder() -> Path:
+    """Where training jobs are kept: output/ernie_jobs."""
+    return output_folder() / "ernie_jobs"
+
+
+def loras_folder() -> Path:
+    """Where a finished LoRA goes: the first of the host's LoRA folders."""
+    import folder_paths
+
+    return Path(folder_paths.get_folder_paths("loras")[0])
+
+
+def list_loras() -> list[str]:
+    """File names in the host's LoRA folders."""
+    import folder_paths
+
+    return folder_paths.get_filename_list("loras")
+
+
+def lora_path(name: str) -> Path:
+    """Where `name`, an entry of `list_loras()`, lies.
+
+    Raises:
+        ErnieError: it is not there any more.
+    """
+    import folder_paths
+
+    path = folder_paths.get_full_path("loras", name)
+    if path is None:
+        raise ErnieError(f"{name} is not in models/loras any more. Refresh the node list and choose again.")
+    return Path(path)
 
 
 def _official_folders(kind: str) -> Iterator[tuple[str, Path]]:
@@ -349,6 +405,186 @@ def set_shift(model, shift: float):
     replacement.set_parameters(shift=shift, multiplier=NUM_TRAIN_TIMESTEPS)
     patched.add_object_patch("model_sampling", replacement)
     return patched
+
+
+def num_blocks(model) -> int:
+    """How many transformer blocks an ERNIE-Image MODEL has, ours or core's."""
+    return len(_check_model(model).layers)
+
+
+def skip_blocks(model, blocks: Sequence[int]):
+    """A clone of `model` whose blocks of these numbers hand on what they get.
+
+    Their `forward` is patched, not the block: weights stay where the memory manager and LoRAs expect them. Works on
+    core's ERNIE model too, which knows no block replacement.
+    """
+    patched = model.clone()
+    for i in blocks:
+        patched.add_object_patch(f"diffusion_model.layers.{i}.forward", _hand_on)
+    return patched
+
+
+def _hand_on(x: Tensor, *_others, **_more) -> Tensor:
+    return x
+
+
+# --- LoRA ------------------------------------------------------------------------------------------------------------
+
+RANGED_KEY = "ernie_loras"
+
+
+def checkpoints_folder() -> Path:
+    """Where a merged transformer goes: the first of the host's folders of diffusion models."""
+    import folder_paths
+
+    return Path(folder_paths.get_folder_paths("diffusion_models")[0])
+
+
+def device() -> torch.device:
+    """Where long computations outside a model run."""
+    import comfy.model_management as mm
+
+    return mm.get_torch_device()
+
+
+def lora_shapes(model) -> dict[str, tuple[int, ...]]:
+    """{module path: weight shape} of an ERNIE-Image MODEL, ours or core's."""
+    from ..ernie_core.weights.lora import module_shapes
+
+    return module_shapes(_check_model(model))
+
+
+def apply_lora(model, lora, strengths: Mapping[str, float], *, start: float = 1.0, end: float = 0.0):
+    """A clone of `model` with a LoRA; `model` itself where that changes nothing.
+
+    At all noise levels it is patched into the weights as the host's own loader does, DoRA by our formula: the host
+    divides by the norm of the weight alone where the magnitude is one per row. Between two noise levels it is added to
+    the outputs of the modules while the model runs.
+
+    Args:
+        strengths: {module path: strength}, without those at 0.
+        start, end: noise levels from and down to which it acts; 1 and 0 = always, equal = never.
+
+    Raises:
+        ErnieError: the noise levels run upwards, or the model has no such weight or bias.
+    """
+    from ..ernie_core.weights.lora_hooks import LoraStack, LoraUse
+
+    network = _check_model(model)
+    use = LoraUse(lora=lora, strengths=dict(strengths), start=start, end=end)
+    if not strengths or start == end:
+        return model
+    patched = model.clone()
+    if use.is_whole:
+        _patch_weights(patched, network, lora, strengths)
+    else:
+        earlier = patched.get_attachment(RANGED_KEY)
+        _act_in_range(patched, LoraStack([*(earlier.uses if earlier else ()), use]))
+    return patched
+
+
+def _patch_weights(patcher, network: torch.nn.Module, lora, strengths: Mapping[str, float]) -> None:
+    from ..ernie_core.weights.lora_edit import check_biases
+
+    check_biases(lora, strengths, dict(network.named_parameters()))
+    patches = _weight_patches({path: lora.layers[path] for path in strengths})
+    for strength in dict.fromkeys(strengths.values()):
+        chosen = {key: p for key, p in patches.items() if strengths[_module_of(key)] == strength}
+        taken = patcher.add_patches(chosen, strength)
+        if len(taken) != len(chosen):
+            lost = next(key for key in chosen if key not in taken)
+            raise ErnieError(f"the model has no {lost}, which the LoRA changes: it is another model's.")
+
+
+def _module_of(key: str) -> str:
+    return key.removeprefix("diffusion_model.").rpartition(".")[0]
+
+
+def _weight_patches(layers: Mapping[str, Any]) -> dict[str, Any]:
+    """{the host's weight key: patch}, made by the host's own reader, but for DoRA."""
+    import comfy.lora
+
+    patches: dict[str, Any] = {}
+    file: dict[str, Tensor] = {}
+    leaves = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
+    for path, layer in layers.items():
+        key = f"diffusion_model.{path}"
+        if layer.dora_scale is not None:
+            patches[f"{key}.weight"] = _dora_class().of(layer)
+            if layer.bias_delta() is not None:
+                patches[f"{key}.bias"] = ("diff", (layer.bias_delta(),))
+            continue
+        file |= {f"{key}.{leaves.get(name, name)}": tensor for name, tensor in layer.tensors.items()}
+        if layer.alpha is not None and layer.rank is not None:
+            file[f"{key}.alpha"] = torch.tensor(layer.alpha)
+    names = {key: f"{key}.weight" for key in (f"diffusion_model.{path}" for path in layers)}
+    return patches | comfy.lora.load_lora(file, names, log_missing=True)
+
+
+@functools.cache
+def _dora_class() -> type:
+    from comfy.weight_adapter import WeightAdapterBase
+
+    from ..ernie_core.weights.lora import LoraLayer
+
+    class DoraAdapter(WeightAdapterBase):
+        """A DoRA whose norms are those of weight + change, as it was trained."""
+
+        name = "dora"
+
+        def __init__(self, loaded_keys, weights):  # the host copies an adapter by these two
+            self.loaded_keys = loaded_keys
+            self.weights = weights
+
+        @classmethod
+        def of(cls, layer):
+            return cls(set(), (layer.algorithm, layer.alpha, layer.dora_scale, tuple(layer.tensors.items())))
+
+        def calculate_weight(
+            self,
+            weight,
+            key,
+            strength,
+            strength_model,
+            offset,
+            function,
+            intermediate_dtype=torch.float32,
+            original_weight=None,
+        ):
+            algorithm, alpha, dora_scale, tensors = self.weights
+            layer = LoraLayer(algorithm=algorithm, tensors=dict(tensors), alpha=alpha, dora_scale=dora_scale)
+            weight += function(strength * layer.delta(weight)).to(weight.dtype)
+            return weight
+
+    return DoraAdapter
+
+
+def _act_in_range(patcher, stack) -> None:
+    """Let `stack` act on every call of the model; its tensors come and go with the model's."""
+    import comfy.model_patcher
+    from comfy.patcher_extension import WrappersMP
+
+    ratios: dict[Any, Tensor] = {}
+
+    def call(executor, x, t, *args, **kwargs):
+        with stack.applied(executor.class_obj.diffusion_model, t, ratios):
+            return executor(x, t, *args, **kwargs)
+
+    def run(executor, *args, **kwargs):
+        ratios.clear()
+        try:
+            return executor(*args, **kwargs)
+        finally:
+            ratios.clear()
+
+    beside = comfy.model_patcher.ModelPatcher(
+        stack, load_device=patcher.load_device, offload_device=patcher.offload_device
+    )
+    patcher.set_attachments(RANGED_KEY, stack)
+    patcher.set_additional_models(RANGED_KEY, [beside])
+    for kind, wrapper in ((WrappersMP.APPLY_MODEL, call), (WrappersMP.OUTER_SAMPLE, run)):
+        patcher.remove_wrappers_with_key(kind, RANGED_KEY)
+        patcher.add_wrapper_with_key(kind, RANGED_KEY, wrapper)
 
 
 # --- CLIP ------------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -77,6 +77,10 @@ class Model:
 
     dit: Any
     shift: float = BASE.shift
+    loras: tuple[Any, ...] = ()
+    """LoRAs in use, in the order in which they act."""
+    skip: tuple[int, ...] = ()
+    """Blocks that are left out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +138,30 @@ def output_folder() -> Path:
 
 def input_folder() -> Path:
     return session.input
+
+
+def jobs_folder() -> Path:
+    """Where training jobs are kept."""
+    return output_folder() / "ernie_jobs"
+
+
+def loras_folder() -> Path:
+    """Where a finished LoRA goes."""
+    return (session.models.resolve() if session.models else output_folder()) / "loras"
+
+
+def list_loras() -> list[str]:
+    """Return file names in the folder of LoRAs."""
+    folder = loras_folder()
+    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*.safetensors"))
+
+
+def lora_path(name: str) -> Path:
+    """Return the file behind a name from `list_loras`; ErnieError when there is none."""
+    path = loras_folder() / name
+    if not path.is_file():
+        raise ErnieError(f"{name!r} expected in {loras_folder()}, it is not there; choose another.")
+    return path
 
 
 def preview_folder() -> Path:
@@ -316,6 +344,29 @@ def throw_if_interrupted() -> None:
         raise Interrupted("stopped by the user")
 
 
+def is_interrupted() -> bool:
+    """Say whether the user asked to stop."""
+    return session.interrupted
+
+
+def block_output() -> Any:
+    """Return what keeps the nodes behind an output from running."""
+    from .graph import Blocked
+
+    return Blocked(None)
+
+
+def unload_models() -> None:
+    """Give the accelerator's memory back, for another process to use."""
+    import torch
+
+    for module in list(_resident):
+        module.to("cpu")
+        _resident.discard(module)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def show_text(node_id: str | None, text: str) -> None:
     """Keep what a node shows; the command line prints the last version when the node is done."""
     session.shown[str(node_id)] = text
@@ -407,6 +458,67 @@ def set_shift(model: Model, shift: float) -> Model:
     return model if model.shift == shift else replace(model, shift=shift)
 
 
+def num_blocks(model: Model) -> int:
+    """Return how many transformer blocks a MODEL has."""
+    return len(model.dit.layers)
+
+
+def skip_blocks(model: Model, blocks: Sequence[int]) -> Model:
+    """Return a model whose blocks of these numbers hand on what they get."""
+    return replace(model, skip=tuple(sorted({*model.skip, *blocks})))
+
+
+# ---------------------------------------------------------------------------------------------------- LoRA
+
+
+def checkpoints_folder() -> Path:
+    """Where a merged transformer goes."""
+    return (session.models.resolve() if session.models else output_folder()) / "diffusion_models"
+
+
+def lora_shapes(model: Model) -> dict[str, tuple[int, ...]]:
+    """Return {module path: weight shape}."""
+    from ..ernie_core.weights.lora import module_shapes
+
+    return module_shapes(model.dit)
+
+
+def apply_lora(
+    model: Model, lora: Any, strengths: Mapping[str, float], *, start: float = 1.0, end: float = 0.0
+) -> Model:
+    """Return a model with a LoRA, or `model` itself where that changes nothing; its weights are shared.
+
+    `strengths` are per module, without those at 0; it acts from noise level `start` down to `end`. ErnieError when the
+    levels run upwards or the LoRA changes a bias that the model does not have.
+    """
+    from ..ernie_core.weights.lora_edit import check_biases
+    from ..ernie_core.weights.lora_hooks import LoraUse
+
+    use = LoraUse(lora=lora, strengths=dict(strengths), start=start, end=end)
+    if not strengths or start == end:
+        return model
+    check_biases(lora, strengths, dict(model.dit.named_parameters()))
+    return replace(model, loras=(*model.loras, use))
+
+
+def _with_loras(denoise: Denoise, dit: Any, loras: tuple[Any, ...]) -> Denoise:
+    """Let LoRAs act on every call."""
+    import torch
+
+    from ..ernie_core.weights.lora_hooks import LoraStack
+
+    if not loras:
+        return denoise
+    stack = _bring(LoraStack(loras))
+    ratios: dict[Any, Tensor] = {}
+
+    def call(x: Tensor, sigma: float) -> Tensor:
+        with stack.applied(dit, torch.tensor([float(sigma)]), ratios):
+            return denoise(x, sigma)
+
+    return call
+
+
 # ---------------------------------------------------------------------------------------------------- pictures
 
 
@@ -485,8 +597,8 @@ def sample_from_noise(
     dit = _bring(model.dit)
     start, noise = start.to(where), noise.to(where)
     batch, size = start.shape[0], (start.shape[2], start.shape[3])
-    uncond = None if negative is None or cfg == 1 else _make_denoise(dit, negative, batch, size)
-    denoise = _guided(_make_denoise(dit, positive, batch, size), uncond, cfg)
+    uncond = None if negative is None or cfg == 1 else _make_denoise(dit, model.skip, negative, batch, size)
+    denoise = _guided(_make_denoise(dit, model.skip, positive, batch, size), uncond, cfg)
     if latent.get("noise_mask") is not None:
         denoise = _keep_outside(denoise, latent["noise_mask"], start, noise)
     bar = progress(len(sigmas) - 1)
@@ -517,12 +629,17 @@ def _check_conditioning(width: int, name: str, conditioning: list) -> None:
     check_text(name, conditioning[0][0], width)
 
 
-def _make_denoise(dit: Any, conditioning: list, batch: int, size: tuple[int, int]) -> Denoise:
+def _make_denoise(dit: Any, skip: tuple[int, ...], conditioning: list, batch: int, size: tuple[int, int]) -> Denoise:
     """Return denoise(x, sigma) under one prompt; a conditioning batch repeats to the latent's batch, as on the host."""
+    from ..ernie_core.model.dit import call_block
     from ..ernie_core.pipeline import make_denoise
 
+    def run_kept(index: int, block: Any, x: Tensor, *inputs: Any) -> Tensor:
+        return x if index in skip else call_block(index, block, x, *inputs)
+
     text_BTD = conditioning[0][0]
-    return make_denoise(dit, [text_BTD[i % len(text_BTD)] for i in range(batch)], *size)
+    texts = [text_BTD[i % len(text_BTD)] for i in range(batch)]
+    return make_denoise(dit, texts, *size, run_block=run_kept if skip else call_block)
 
 
 def _guided(cond: Denoise, uncond: Denoise | None, cfg: float) -> Denoise:

@@ -17,8 +17,8 @@ class ProgressBar:
         self._start = time.monotonic()
         self._drawn = 0.0
 
-    def update_absolute(self, value: int, total: int | None = None) -> None:
-        """Say that `value` of `total` is done; the line ends with the last one."""
+    def update_absolute(self, value: int, total: int | None = None, preview: object = None) -> None:  # noqa: ARG002
+        """Say that `value` of `total` is done; the line ends with the last one. Pictures are not shown here."""
         self.total = self.total if total is None else total
         now = time.monotonic()
         done = value >= self.total
