@@ -142,6 +142,12 @@ class Lora:
         """ "252 of 252 matched"."""
         return f"{len(self.layers)} of {len(self.layers) + len(self.unmatched)} matched"
 
+    @property
+    def ranks(self) -> str:
+        """ "16", or "4 to 16"; "-" where nothing has a rank."""
+        found = sorted({layer.rank for layer in self.layers.values() if layer.rank is not None})
+        return "-" if not found else f"{found[0]}" if len(found) == 1 else f"{found[0]} to {found[-1]}"
+
 
 def module_shapes(model: nn.Module) -> dict[str, Shape]:
     """{module path: weight shape} of every module with a weight, read without touching the weights.
@@ -167,6 +173,35 @@ def weight_shapes(tensors: Mapping[str, Tensor | Shape]) -> dict[str, Shape]:
         for name, t in tensors.items()
         if name.endswith(".weight")
     }
+
+
+_NAMES = {"lora": "LoRA", "lokr": "LoKr", "loha": "LoHa", "diff": "difference"}
+
+
+def report_lora(lora: Lora, strengths: Mapping[str, float]) -> str:
+    """What the loader tells: "252 of 252 matched", algorithms and ranks, what is at 0, what was left out."""
+    kinds: dict[str, int] = {}
+    for layer in lora.layers.values():
+        name = ("DoRA on " if layer.dora_scale is not None else "") + _NAMES[layer.algorithm]
+        kinds[name] = kinds.get(name, 0) + 1
+    what = ", ".join(f"{count} {name}" for name, count in kinds.items())
+    lines = [lora.summary, f"{what}; rank {lora.ranks}; dialect {lora.dialect}"]
+    if len(strengths) < len(lora.layers):
+        lines.append(f"{len(lora.layers) - len(strengths)} at strength 0")
+    if lora.unmatched:
+        more = ", ..." if len(lora.unmatched) > _SHOWN else ""
+        lines.append(f"left out: {', '.join(lora.unmatched[:_SHOWN])}{more}")
+    return "\n".join(lines)
+
+
+_FACTOR_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def factor_dtype(name: str) -> torch.dtype:
+    """The dtype of factors that is called `name`: bf16, fp16 or fp32."""
+    if name not in _FACTOR_DTYPES:
+        raise ErnieError(f"the type of the factors must be one of {', '.join(_FACTOR_DTYPES)}, got {name!r}.")
+    return _FACTOR_DTYPES[name]
 
 
 # --- dialects -----------------------------------------------------------------------------------------------
