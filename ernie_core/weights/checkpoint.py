@@ -267,6 +267,20 @@ def check_present(path: Path | str, kind: Kind) -> None:
     _find_place(Path(path), kind)
 
 
+def component_files(path: Path | str, kind: Kind) -> list[Path]:
+    """Every file that decides what `read_component` returns: weights, config.json, tokenizer."""
+    place = _find_place(Path(path), kind)
+    files = [file.path for file in place.files]
+    if place.folder is not None:
+        files += [p for p in [place.folder / "config.json"] if p.is_file()]
+        if kind in TOKENIZER_FOLDERS:
+            for folder in (place.folder.parent / TOKENIZER_FOLDERS[kind], place.folder):
+                found = [folder / name for name in ("tokenizer.json", "tekken.json") if (folder / name).is_file()]
+                if found:
+                    return [*files, found[0]]
+    return files
+
+
 # --- reading ------------------------------------------------------------------------------------------------
 
 
