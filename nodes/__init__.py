@@ -17,6 +17,7 @@ MINIMUM_HOST = (0, 12)
 class ErnieExtension(ComfyExtension):
     async def get_node_list(self) -> list[type]:
         from .batch import ErnieBatchFromPrompts
+        from .dataset import ErnieDatasetFolder, ErnieDatasetImages, ErniePairsFolder
         from .loading import (
             ErnieLoadDiffusionModel,
             ErnieLoadImageModel,
@@ -24,8 +25,17 @@ class ErnieExtension(ComfyExtension):
             ErnieLoadTextEncoder,
             ErnieLoadVAE,
         )
+        from .lora import ErnieConvertLora, ErnieExtractLora, ErnieLoadLora, ErnieMergeLora, ErnieResizeLora
         from .sampling import ErnieEmptyLatent, ErnieSampler, ErnieSigmas
         from .text import ErnieEncodePrompt, ErnieEnhancePrompt
+        from .training import (
+            ErnieRecipe,
+            ErnieRecipeDPO,
+            ErnieReducedDepth,
+            ErnieTrain,
+            ErnieTrainingModels,
+            ErnieTrainingReport,
+        )
 
         return [
             ErnieLoadImageModel,
@@ -39,6 +49,20 @@ class ErnieExtension(ComfyExtension):
             ErnieSampler,
             ErnieSigmas,
             ErnieBatchFromPrompts,
+            ErnieLoadLora,
+            ErnieMergeLora,
+            ErnieExtractLora,
+            ErnieResizeLora,
+            ErnieConvertLora,
+            ErnieDatasetFolder,
+            ErnieDatasetImages,
+            ErniePairsFolder,
+            ErnieTrainingModels,
+            ErnieRecipe,
+            ErnieRecipeDPO,
+            ErnieTrain,
+            ErnieTrainingReport,
+            ErnieReducedDepth,
         ]
 
 

@@ -1,12 +1,17 @@
 """Every widget matters: moving it off its default changes what reaches the host or comes out of the node."""
 
 import pytest
+import torch
+from ernie_pack.ernie_core.errors import ErnieError
+from small_data import write_pairs, write_pictures
 
 # Sockets, and the settings under which a widget is read.
 SOCKETS = {
     "ErnieEncodePrompt": {"clip": "CLIP"},
     "ErnieSampler": {"model": "MODEL", "positive": [["p", {}]], "negative": [["n", {}]]},
     "ErnieBatchFromPrompts": {"model": "MODEL", "clip": "CLIP", "vae": "VAE"},
+    "ErnieDatasetImages": {"images": torch.linspace(0, 1, 2 * 32 * 32 * 3).reshape(2, 32, 32, 3)},
+    "ErnieReducedDepth": {"model": "MODEL"},
 }
 CONTEXT = {
     ("ErnieEmptyLatent", "width"): {"size": "custom"},
@@ -15,10 +20,33 @@ CONTEXT = {
     ("ErnieSampler", "cfg"): {"preset": "custom"},
     ("ErnieBatchFromPrompts", "steps"): {"preset": "custom"},
     ("ErnieBatchFromPrompts", "cfg"): {"preset": "custom"},
+    ("ErnieDatasetFolder", "default_caption"): {"path": "bare", "missing_caption": "default"},
+    ("ErnieDatasetFolder", "missing_caption"): {"path": "bare"},
+    ("ErnieDatasetImages", "balance"): {"repeats": 3},
+    ("ErniePairsFolder", "min_margin"): {"path": "pairs"},
+    ("ErniePairsFolder", "max_per_prompt"): {"path": "pairs"},
+    ("ErniePairsFolder", "caption_dropout"): {"path": "pairs"},
+    ("ErniePairsFolder", "missing_caption"): {"path": "bare_pairs"},
+    ("ErniePairsFolder", "default_caption"): {"path": "bare_pairs", "missing_caption": "default"},
 }
-DEFAULT_TEXT = {"source": "one\ntwo"}
-OTHER_TEXT = {"source": "one", "name": "elsewhere"}
+DEFAULT_TEXT = {"source": "one\ntwo", "path": "pictures"}
+OTHER_TEXT = {
+    "source": "one",
+    "name": "elsewhere",
+    "path": "bare_pairs",
+    "styles": "keyword 2",
+    "matte": "#102030",
+    "mask_folder": "pictures",
+    "resolution": "256:10, 512+1024",
+    "settings": 'comment = "x"',
+}
 
+RECIPE_WIDGETS = (
+    *("name", "steps", "learning_rate", "algorithm", "rank", "alpha", "resolution", "batch_size", "accumulation"),
+    *("precision", "seed", "save_every", "sample_prompts", "sample_every", "sample_width", "sample_height"),
+    *("optimiser", "schedule", "warmup", "ema", "noise_levels", "skip_blocks", "skip_share", "stream"),
+    *("initial_lora", "settings"),
+)
 WIDGETS = [
     *[("ErnieLoadDiffusionModel", w) for w in ("model_name", "weight_dtype")],
     *[("ErnieLoadTextEncoder", w) for w in ("encoder_name", "rope")],
@@ -33,6 +61,28 @@ WIDGETS = [
     *[("ErnieBatchFromPrompts", w) for w in ("source", "name", "negative", "width", "height", "preset", "steps")],
     *[("ErnieBatchFromPrompts", w) for w in ("cfg", "shift", "seed", "collect")],
     *[("ErnieLoadImageModel", w) for w in ("weight_dtype", "rope", "load_enhancer")],
+    *[("ErnieDatasetFolder", w) for w in ("path", "format", "trigger", "caption_dropout", "missing_caption")],
+    *[("ErnieDatasetFolder", w) for w in ("default_caption", "repeats", "loss_weight", "shuffle_tags", "keep_tags")],
+    *[("ErnieDatasetFolder", w) for w in ("styles", "caption_per_line", "alpha", "matte", "mask_folder")],
+    *[("ErnieDatasetFolder", w) for w in ("mask_floor", "max_aspect", "max_upscale", "balance")],
+    *[("ErnieDatasetImages", w) for w in ("captions", "name", "trigger", "caption_dropout", "repeats", "balance")],
+    *[("ErniePairsFolder", w) for w in ("path", "min_margin", "max_per_prompt", "caption_dropout")],
+    *[("ErniePairsFolder", w) for w in ("missing_caption", "default_caption")],
+    *[("ErnieTrainingModels", w) for w in ("model_name", "encoder_name", "vae_name", "turbo_name")],
+    *[(node, w) for node in ("ErnieRecipe", "ErnieRecipeDPO") for w in RECIPE_WIDGETS],
+    *[("ErnieRecipe", w) for w in ("region_weight", "keyword_weight")],
+    *[("ErnieRecipeDPO", w) for w in ("beta", "anchor_win", "anchor_lose", "reduction", "anchor_reduction")],
+    *[("ErnieRecipeDPO", w) for w in ("auto_beta", "sdpo_mu", "reference_lora", "reference_bank")],
+    ("ErnieReducedDepth", "blocks"),
+]
+LORA_WIDGETS = [
+    *[("ErnieLoadLora", w) for w in ("lora_name", "strength", "blocks", "start", "end", "allow_unmatched")],
+    *[("ErnieMergeLora", f"{w}_{i}") for i in (1, 2, 3) for w in ("lora", "strength", "blocks")],
+    *[("ErnieMergeLora", w) for w in ("model_name", "allow_unmatched", "name", "overwrite")],
+    *[("ErnieExtractLora", w) for w in ("base_name", "tuned_name", "rank", "energy", "vectors", "dtype")],
+    *[("ErnieExtractLora", w) for w in ("name", "overwrite")],
+    *[("ErnieResizeLora", w) for w in ("model_name", "lora_name", "rank", "energy", "name", "overwrite")],
+    *[("ErnieConvertLora", w) for w in ("model_name", "lora_name", "dialect", "rank", "name", "overwrite")],
 ]
 
 
@@ -69,6 +119,11 @@ def observe(run, recording, node_classes, tmp_path):
         official = tmp_path / "diffusion_models" / "official"
         official.mkdir(parents=True, exist_ok=True)
         (official / "model_index.json").touch()
+        if node_id in ("ErnieDatasetFolder", "ErniePairsFolder"):
+            write_pictures(tmp_path / "input" / "pictures" / "3_cat", count=2)
+            write_pictures(tmp_path / "input" / "bare", count=1, captions=False)
+            write_pairs(tmp_path / "input" / "pairs", count=2)
+            write_pairs(tmp_path / "input" / "bare_pairs", count=1, captions=False)
         recording.calls.clear()
         _enhanced.clear()
         widgets = {
@@ -82,7 +137,10 @@ def observe(run, recording, node_classes, tmp_path):
         if node_id == "ErnieSampler":
             sockets["latent_image"] = recording.empty_latent(32, 32, 1)
         recording.calls.clear()
-        result = run(node_id, **(sockets | widgets | changes)).result
+        try:
+            result = run(node_id, **(sockets | widgets | changes)).result
+        except ErnieError as e:
+            return str(e)
         return [str(call) for call in recording.calls], [str(value) for value in result]
 
     return look
@@ -99,6 +157,9 @@ def test_every_widget_matters(observe, node_classes, node_id, widget):
 def test_no_widget_is_left_out_above(node_classes, recording):
     # `folder` and `download` of the all-in-one loader have tests of their own in test_loading.py
     elsewhere = {("ErnieLoadImageModel", "folder"), ("ErnieLoadImageModel", "download")}
+    # and those of a running job in test_training.py
+    elsewhere |= {("ErnieTrain", name) for name in ("action", "wait", "process")} | {("ErnieTrainingReport", "name")}
+    elsewhere |= set(LORA_WIDGETS)  # in test_lora.py, with real files
     everything = {
         (node_id, item.id)
         for node_id, cls in node_classes.items()

@@ -16,7 +16,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 
 # Widgets that list files: what they offer is the machine's, not ours.
-FILE_LISTS = {"model_name", "encoder_name", "enhancer_name", "vae_name", "folder"}
+FILE_LISTS = {
+    *("model_name", "encoder_name", "enhancer_name", "vae_name", "turbo_name", "folder"),
+    *("initial_lora", "reference_lora"),
+}
 WIDGET_KEYS = ("default", "min", "max", "step", "options", "multiline", "lazy")
 
 

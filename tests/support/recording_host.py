@@ -33,6 +33,34 @@ class RecordingHost:
     def input_folder(self):
         return self.folder / "input"
 
+    def jobs_folder(self):
+        return self.output_folder() / "ernie_jobs"
+
+    def loras_folder(self):
+        return self.folder / "loras"
+
+    def list_loras(self):
+        return ["first.safetensors", "second.safetensors"]
+
+    def lora_path(self, name):
+        return self.loras_folder() / name
+
+    def num_blocks(self, model):
+        return 36
+
+    def skip_blocks(self, model, blocks):
+        self._note("skip_blocks", model, tuple(blocks))
+        return model
+
+    def unload_models(self):
+        self._note("unload_models")
+
+    def checkpoints_folder(self):
+        return self.folder / "diffusion_models"
+
+    def device(self):
+        return torch.device("cpu")
+
     def make_model(self, component, *, weight_dtype):
         self._note("make_model", component, weight_dtype)
         return "MODEL"
@@ -74,7 +102,13 @@ class RecordingHost:
         Image.fromarray((image_HWC * 255).byte().numpy()).save(path)
 
     def progress(self, total):
-        return SimpleNamespace(update_absolute=lambda value, total=None: None)
+        return SimpleNamespace(update_absolute=lambda value, total=None, preview=None: None)
+
+    def is_interrupted(self):
+        return False
+
+    def block_output(self):
+        return "BLOCKED"
 
     def throw_if_interrupted(self):
         pass
