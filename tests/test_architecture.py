@@ -29,9 +29,10 @@ LEVELS = [
     {"training.pairs"},
     {"training.buckets"},
     {"training.base", "training.caching", "training.recipe", "training.optimisers"},
-    {"training.state", "training.previews", "training.preflight"},
-    {"training.trainer"},
-    {"training.job"},
+    {"training.state", "training.previews", "training.preflight", "training.world"},
+    {"training.feed", "training.export"},
+    {"training.losses"},
+    {"training.trainer", "training.job"},
     {"cli"},
 ]
 

@@ -1,4 +1,4 @@
-"""A training job as others see it: start its worker process, watch it, stop it, report on it."""
+"""A training job as others see it: make it, start its worker process, watch it, stop it, report on it."""
 
 from __future__ import annotations
 
@@ -7,15 +7,20 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from ..errors import ErnieError
+from .captions import CaptionRules
+from .dataset import read_dataset
+from .items import Dataset, DatasetOptions, join_datasets, write_manifest
+from .pairs import Pairs, read_pairs, write_pairs_manifest
 from .previews import curve_panels, draw_curves
-from .state import Job
+from .recipe import Recipe, build_settings, parse_toml, recipe_from_dict
+from .state import Job, file_hash
 
 PACK_ROOT = Path(__file__).resolve().parents[2]
 
@@ -35,6 +40,92 @@ class Status:
     message: str
     """One line: what it is doing, or why it ended."""
     alarms: tuple[str, ...] = ()
+
+
+def create_job(folder: Path | str, recipe: Recipe, data: Dataset | Pairs, *, start_over: bool = False) -> Job:
+    """The job folder for `recipe` on `data`: a new one, or the one that has begun with the same two.
+
+    Args:
+        start_over: delete what the folder has trained so far; caches stay.
+
+    Raises:
+        ErnieError: pairs for sft or pictures for dpo; a process trains in the folder; or it has trained with other
+            settings or other data.
+    """
+    if isinstance(data, Pairs) != (recipe.objective == "dpo"):
+        needed = "preference pairs" if recipe.objective == "dpo" else "a dataset of pictures"
+        raise ErnieError(f"the objective {recipe.objective} needs {needed}, got {type(data).__name__.lower()}.")
+    job = Job(folder)
+    if start_over and job.exists():
+        job.start_over()
+    job.folder.mkdir(parents=True, exist_ok=True)
+    fresh = job.folder / ".manifest.jsonl.new"
+    write_data(data, fresh)
+    try:
+        trained = job.newest_step() is not None
+        if trained and job.manifest_path.is_file() and file_hash(job.manifest_path) != file_hash(fresh):
+            raise ErnieError(
+                f"the job {job.folder.name} has trained {job.newest_step()} steps on other data. Give the job a new "
+                "name, or start it over."
+            )
+        job.write_recipe(recipe)
+        os.replace(fresh, job.manifest_path)
+    finally:
+        fresh.unlink(missing_ok=True)
+    return job
+
+
+def write_data(data: Dataset | Pairs, path: Path) -> None:
+    """Write the manifest of either kind."""
+    if isinstance(data, Pairs):
+        write_pairs_manifest(data, path)
+    else:
+        write_manifest(data, path)
+
+
+def read_job_file(path: Path | str) -> tuple[Recipe, Dataset | Pairs]:
+    """Recipe and data of a job.toml: a recipe with one table [data], or several [[data]] that are joined.
+
+    A data table has `path` (relative to the file), optionally `format`, and the settings of `DatasetOptions`; those of
+    `CaptionRules` (trigger, dropout, ...) may stand beside them.
+
+    Raises:
+        ErnieError: not TOML, a setting that does not exist, or data that cannot be used.
+    """
+    path = Path(path)
+    try:
+        values = parse_toml(path.read_text(encoding="utf-8-sig"), path)
+    except (OSError, UnicodeDecodeError) as e:
+        raise ErnieError(f"{path} cannot be read: {e}") from e
+    tables = values.pop("data", None)
+    if not tables:
+        raise ErnieError(f'{path.name} needs a table [data] with at least path = "folder".')
+    recipe = recipe_from_dict(_absolute_models(values, path.parent))
+    read = [_read_table(dict(t), path.parent, recipe) for t in (tables if isinstance(tables, list) else [tables])]
+    if recipe.objective == "dpo":
+        if len(read) > 1:
+            raise ErnieError("the objective dpo takes one [data] table.")
+        return recipe, read[0]
+    return recipe, read[0] if len(read) == 1 else join_datasets([d for d in read if isinstance(d, Dataset)])
+
+
+def _absolute_models(values: dict[str, Any], base: Path) -> dict[str, Any]:
+    """The recipe's values with paths made absolute: a job runs in its own folder."""
+    models = values.get("models")
+    if isinstance(models, dict):
+        values = {**values, "models": {k: str((base / v).resolve()) if v else v for k, v in models.items()}}
+    loras = {k: str((base / values[k]).resolve()) for k in ("initial_lora", "reference_lora") if values.get(k)}
+    return {**values, **loras}
+
+
+def _read_table(table: dict[str, Any], base: Path, recipe: Recipe) -> Dataset | Pairs:
+    if not isinstance(table.get("path"), str):
+        raise ErnieError("a [data] table needs path, the folder or file of the data.")
+    source = base / table.pop("path")
+    format = table.pop("format", "auto")
+    rules = {k: table.pop(k) for k in [f.name for f in fields(CaptionRules)] if k in table}
+    options = build_settings(DatasetOptions, {**table, **({"rules": rules} if rules else {})}, "data")
+    return read_pairs(source, options) if recipe.objective == "dpo" else read_dataset(source, format, options)
 
 
 def status(job: Job) -> Status:
@@ -86,7 +177,9 @@ def start_worker(job: Job, *, environment: Mapping[str, str] | None = None) -> s
         )
 
 
-def watch(job: Job, on_status: Callable[[Status], None], *, worker: subprocess.Popen | None = None, seconds: float = 0.5):
+def watch(
+    job: Job, on_status: Callable[[Status], None], *, worker: subprocess.Popen | None = None, seconds: float = 0.5
+):
     """Call `on_status` until the job is neither running nor starting; `on_status` may raise to stop watching.
 
     Returns the last status.
@@ -128,20 +221,21 @@ def report(job: Job) -> Report:
     events = job.events()
     counts = {kind: sum(e["event"] == kind for e in events) for kind in ("bad_step", "out_of_memory", "saved")}
     a, o = recipe.adapter, recipe.optimiser
+    left = f", {format_seconds(now.seconds_left)} left" if now.state == "running" and now.seconds_left else ""
     lines = [
         f"# {recipe.name}",
-        f"{now.state}: step {now.step} of {now.steps}" + (f", {format_seconds(now.seconds_left)} left" if now.state == "running" and now.seconds_left else ""),
+        f"{now.state}: step {now.step} of {now.steps}{left}",
         "",
-        f"- objective {recipe.objective}, {a.algorithm} rank {a.rank}, learning rate {o.lr:g} ({o.name}, {o.schedule}), "
-        f"effective (x alpha / rank) {recipe.effective_lr:g}",
+        f"- objective {recipe.objective}, {a.algorithm} rank {a.rank}",
+        f"- learning rate {o.lr:g} ({o.name}, {o.schedule}), effective (x alpha / rank) {recipe.effective_lr:g}",
         f"- {recipe.batch_size} x {recipe.accumulation} samples a step, base in {recipe.precision}, seed {recipe.seed}",
         f"- checkpoints written: {counts['saved']}; steps thrown away because of NaN: {counts['bad_step']}; "
         f"out of memory: {counts['out_of_memory']}",
     ]
     done = [e for e in events if e["event"] == "step"]
     if done:
-        seconds = [e["seconds"] for e in done]
-        lines.append(f"- loss {np.mean([e['loss'] for e in done[-50:]]):.4f} (last 50 steps), {np.median(seconds):.2f} s a step")
+        loss, seconds = np.mean([e["loss"] for e in done[-50:]]), np.median([e["seconds"] for e in done])
+        lines.append(f"- loss {loss:.4f} (last 50 steps), {seconds:.2f} s a step")
     if now.message:
         lines.append(f"- {now.message}")
     lines += [f"- **alarm**: {alarm}" for alarm in now.alarms]

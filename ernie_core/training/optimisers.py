@@ -90,7 +90,7 @@ def unpack_state(optimiser: torch.optim.Optimizer, tensors: dict[str, Tensor], v
         state.setdefault(int(index), {}).update(entries)
     count = sum(len(group["params"]) for group in current["param_groups"])
     if state and max(state) >= count:
-        raise ErnieError(f"the saved optimiser state has {max(state) + 1} parameters, the adapter {count}: another job?")
+        raise ErnieError(f"the saved optimiser state has {max(state) + 1} parameters, the adapter {count}.")
     groups = [
         {**saved, "params": group["params"]}
         for saved, group in zip(values["groups"], current["param_groups"], strict=True)

@@ -77,7 +77,7 @@ def picture_grid(rows: Mapping[str, Sequence[np.ndarray]], columns: Sequence[str
 def draw_curves(
     panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], *, width: int = 900, height: int = 260
 ) -> np.ndarray:
-    """Line charts below each other: {title: {line name: [(step, value), ...]}}; values that are not finite are left out."""
+    """Line charts below each other: {title: {line name: [(step, value), ...]}}; what is not finite is left out."""
     sheet = Image.new("RGB", (width, height * max(1, len(panels))), _PAPER)
     for i, (title, lines) in enumerate(panels.items()):
         sheet.paste(Image.fromarray(_draw_panel(title, lines, width, height)), (0, i * height))
@@ -146,10 +146,10 @@ def curve_panels(events: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, lis
     bins = sorted({k for e in steps for k in e if k.startswith("loss_sigma_")})
     if bins:
         panels["loss by noise level (average)"] = {b.removeprefix("loss_"): smooth(line(b)) for b in bins}
-    if any("win_gap" in e for e in steps):
+    if any("win_excess" in e for e in steps):
         panels["error of the policy minus the reference's (winner must not rise above 0)"] = {
-            "winner": smooth(line("win_gap")),
-            "loser": smooth(line("lose_gap")),
+            "winner": smooth(line("win_excess")),
+            "loser": smooth(line("lose_excess")),
         }
         panels["implicit accuracy"] = {"average": smooth(line("accuracy"))}
     panels["gradient norm"] = {"every step": line("grad_norm")}

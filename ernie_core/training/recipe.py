@@ -1,7 +1,7 @@
-"""A recipe: everything that decides what a training run computes. Read from TOML, kept as recipe.json in the job folder.
+"""A recipe: everything that decides what a training run computes. Read from TOML, kept as recipe.json in its job.
 
-The defaults are the ones this field agrees on for an 8B flow-matching transformer (rank 32 on the seven linears of every
-block, AdamW 1e-4, logit-normal noise levels); tests/core/test_recipe.py holds them.
+The defaults are the ones this field agrees on for an 8B flow-matching transformer: rank 32 on the seven linears of
+every block, AdamW 1e-4, logit-normal noise levels.
 """
 
 from __future__ import annotations
@@ -182,7 +182,7 @@ def recipe_from_dict(values: Mapping[str, Any]) -> Recipe:
     Raises:
         ErnieError: a key that does not exist (with the nearest one), a value of the wrong type or out of range.
     """
-    return _build(Recipe, values, "")
+    return build_settings(Recipe, values, "")
 
 
 def read_recipe(path: Path | str) -> Recipe:
@@ -224,7 +224,8 @@ def _parse_json(text: str, path: Path) -> dict[str, Any]:
     return values
 
 
-def _build(cls: type[C], values: Any, where: str) -> C:
+def build_settings(cls: type[C], values: Any, where: str) -> C:
+    """A settings dataclass from parsed TOML or JSON; `where` names the table in errors (see `recipe_from_dict`)."""
     if not isinstance(values, Mapping):
         raise ErnieError(f"{where or 'the recipe'} must be a table of settings, got {values!r}.")
     hints = typing.get_type_hints(cls)
@@ -245,7 +246,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     """`value` as the annotated type of a field; ErnieError when it cannot be one."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if is_dataclass(hint):
-        return _build(typing.cast(type, hint), value, where)
+        return build_settings(typing.cast(type, hint), value, where)
     if origin is Literal:
         if value not in arguments:
             raise ErnieError(f"{where} must be one of {', '.join(map(str, arguments))}; got {value!r}.")

@@ -186,6 +186,11 @@ class Job:
             return []
         return sorted(int(p.name.removeprefix("step-")) for p in self._checkpoints.glob("step-*") if p.is_dir())
 
+    @property
+    def lora_path(self) -> Path:
+        """The finished LoRA; not there before the run's end."""
+        return self.folder / f"{self.recipe().name}.safetensors"
+
     def checkpoint_path(self, step: int) -> Path:
         return self._checkpoints / f"step-{step:06d}"
 
@@ -248,7 +253,7 @@ class Job:
             except (OSError, ValueError, KeyError) as e:
                 logger.warning("The checkpoint %s is damaged (%s); the one before it is used.", path, e)
         if steps:
-            raise ErnieError(f"none of the {len(steps)} checkpoints in {self._checkpoints} is whole: start the job over.")
+            raise ErnieError(f"none of the {len(steps)} checkpoints in {self._checkpoints} is whole: start over.")
         return None
 
     def _read(self, path: Path, step: int) -> Checkpoint:

@@ -1,0 +1,204 @@
+"""Command line: `python -m ernie_core.cli COMMAND`, run from the pack's folder.
+
+train     train a job: a job folder, or a job.toml that one is made from
+status    where a job stands
+stop      ask a running job to save and end
+report    numbers, loss curves and samples of a job, as files
+preflight what the data looks like and what the run will cost, before it starts
+lora      inspect, convert, resize, extract, merge LoRA files
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .errors import ErnieError, Interrupted
+
+JOBS_FOLDER = Path("jobs")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code: 0 done, 1 refused or failed, 2 usage, 3 stopped on request (saved)."""
+    parser = argparse.ArgumentParser(
+        prog="python -m ernie_core.cli", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    train = commands.add_parser("train", help="train a job folder or a job.toml")
+    train.add_argument("job", type=Path, help="job folder, or a recipe in TOML with [data]")
+    train.add_argument("--folder", type=Path, help=f"where the job of a .toml goes (default: {JOBS_FOLDER}/NAME)")
+    train.add_argument("--until", type=int, metavar="STEP", help="stop (saved) at this step")
+    train.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
+    train.add_argument("--start-over", action="store_true", help="delete the job's checkpoints first")
+    for name, what in (("status", "where a job stands"), ("stop", "ask a running job to save and end")):
+        commands.add_parser(name, help=what).add_argument("job", type=Path)
+    report = commands.add_parser("report", help="write report.md, curves.png and samples.png")
+    report.add_argument("job", type=Path)
+    report.add_argument("--out", type=Path, help="folder (default: the job folder)")
+    preflight = commands.add_parser("preflight", help="look at the data of a job.toml and measure three steps")
+    preflight.add_argument("job", type=Path)
+    preflight.add_argument("--out", type=Path, help="folder for the pictures (default: none are written)")
+    preflight.add_argument("--no-probe", action="store_true", help="do not load the model to measure steps")
+    preflight.add_argument("--device")
+    _add_lora_commands(commands)
+    args = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    try:
+        return _COMMANDS[args.command](args)
+    except Interrupted as e:
+        print(f"stopped: {e}")
+        return 3
+    except ErnieError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 1
+
+
+def _train(args: argparse.Namespace) -> int:
+    from .training.job import create_job, read_job_file
+    from .training.state import Job
+    from .training.trainer import train
+
+    job = Job(args.job)
+    if args.job.is_file():
+        recipe, data = read_job_file(args.job)
+        job = create_job(args.folder or JOBS_FOLDER / recipe.name, recipe, data, start_over=args.start_over)
+        print(data.report())
+    elif args.start_over:
+        job.start_over()
+    path = train(job, until=args.until, device=args.device, on_event=_print_event)
+    print(f"LoRA: {path}")
+    return 0
+
+
+def _print_event(event: Mapping[str, Any]) -> None:
+    if event["event"] == "step":
+        print(
+            f"step {event['step']}  loss {event['loss']:.4f}  lr {event['lr']:.3g}  |g| {event['grad_norm']:.3g}  "
+            f"{event['seconds']:.2f} s",
+            flush=True,
+        )
+    else:
+        print(event.get("message") or event["event"], flush=True)
+
+
+def _status(args: argparse.Namespace) -> int:
+    from .training.job import format_seconds, status
+    from .training.state import Job
+
+    now = status(Job(args.job))
+    left = f", {format_seconds(now.seconds_left)} left" if now.state == "running" and now.seconds_left else ""
+    loss = "" if now.loss is None else f", loss {now.loss:.4f}"
+    print(f"{now.state}: step {now.step} of {now.steps}{loss}{left}")
+    for line in filter(None, (now.message, *now.alarms)):
+        print(line)
+    return 0
+
+
+def _stop(args: argparse.Namespace) -> int:
+    from .training.state import Job
+
+    job = Job(args.job)
+    if not job.is_running():
+        raise ErnieError(f"no process is training in {args.job}.")
+    job.request_stop()
+    print("asked to stop: it saves after the step it is at.")
+    return 0
+
+
+def _report(args: argparse.Namespace) -> int:
+    from PIL import Image
+
+    from .training.job import report
+    from .training.state import Job, write_text
+
+    found = report(Job(args.job))
+    folder = args.out or args.job
+    write_text(folder / "report.md", found.text + "\n")
+    Image.fromarray(found.curves).save(folder / "curves.png")
+    if found.samples is not None:
+        Image.fromarray(found.samples).save(folder / "samples.png")
+    print(found.text)
+    return 0
+
+
+def _preflight(args: argparse.Namespace) -> int:
+    from PIL import Image
+
+    from .training.job import read_job_file
+    from .training.preflight import check
+    from .training.probe import probe
+
+    recipe, data = read_job_file(args.job)
+    found = check(data, recipe, probe=None if args.no_probe else lambda size: probe(recipe, size, device=args.device))
+    print(found.text)
+    if args.out is not None:
+        args.out.mkdir(parents=True, exist_ok=True)
+        for name, picture in found.pictures.items():
+            Image.fromarray(picture).save(args.out / f"{name}.png")
+    return 0
+
+
+# --- LoRA files ---------------------------------------------------------------------------------------------
+
+
+def _add_lora_commands(commands: Any) -> None:
+    tools = commands.add_parser("lora", help="work on LoRA files").add_subparsers(dest="tool", required=True)
+
+    def add(name: str, what: str, *files: str) -> argparse.ArgumentParser:
+        tool = tools.add_parser(name, help=what)
+        for file in files:
+            tool.add_argument(file, type=Path)
+        tool.add_argument("--model", type=Path, required=True, help="the transformer it is for: a file or a folder")
+        return tool
+
+    add("inspect", "what a file holds and whether it fits", "lora")
+    add("convert", "write it in another dialect", "lora", "out").add_argument("--dialect", default="comfyui")
+    add("resize", "write it with another rank", "lora", "out").add_argument("--rank", type=int, required=True)
+    extract = add("extract", "what a tuned checkpoint adds to --model, as a LoRA", "tuned", "out")
+    extract.add_argument("--rank", type=int, required=True)
+    merge = add("merge", "write --model with a LoRA in its weights", "lora", "out")
+    merge.add_argument("--strength", type=float, default=1.0)
+
+
+def _lora(args: argparse.Namespace) -> int:
+    from .weights.checkpoint import read_component
+    from .weights.lora import module_strengths, read_lora, report_lora, weight_shapes, write_lora
+    from .weights.lora_edit import extract_lora, merge_loras, resize_lora
+
+    base = read_component(args.model, "transformer")
+    shapes = weight_shapes(base.state_dict)
+    if args.tool == "extract":
+        found = extract_lora(base, read_component(args.tuned, "transformer"), rank=args.rank)
+        write_lora(found.lora, args.out)
+        print(found.summary)
+        return 0
+    lora = read_lora(args.lora, shapes)
+    strengths = module_strengths(lora, getattr(args, "strength", 1.0), "", shapes)
+    print(report_lora(lora, strengths))
+    if args.tool == "convert":
+        write_lora(lora, args.out, dialect=args.dialect)
+    elif args.tool == "resize":
+        small, held = resize_lora(lora, args.rank, base=base)
+        write_lora(small, args.out)
+        print(f"rank {args.rank} holds {held:.2%} of the change")
+    elif args.tool == "merge":
+        merge_loras(base, [(lora, strengths)], args.out, names=[args.lora.stem])
+    return 0
+
+
+_COMMANDS = {
+    "train": _train,
+    "status": _status,
+    "stop": _stop,
+    "report": _report,
+    "preflight": _preflight,
+    "lora": _lora,
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
