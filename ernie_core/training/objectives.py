@@ -112,7 +112,7 @@ def _sigma_of_quantile(sampling: SigmaSampling, u: Tensor, shift: float) -> Tens
 
 
 def _quantile_of_sigma(sampling: SigmaSampling, sigma: Tensor, shift: float) -> Tensor:
-    sigma = shift_sigmas(sigma, 1 / shift)
+    sigma = shift_sigmas(sigma, 1 / shift).clamp(0, 1)  # rounding takes 1 beyond 1
     if sampling.kind == "logit_normal":
         return torch.special.ndtr((torch.logit(sigma) - sampling.mean) / sampling.std)
     if sampling.kind == "style":
@@ -127,30 +127,38 @@ def _window(sampling: SigmaSampling, shift: float) -> Tensor:
     return _quantile_of_sigma(sampling, torch.tensor([sampling.low, sampling.high], dtype=torch.float64), shift)
 
 
+def _stratified(strata: int, seed: int, turn: int) -> Tensor:
+    """Quantiles [strata] of one round: one inside every bucket, in random order."""
+    generator = make_generator("sigma", seed, turn)
+    buckets = torch.randperm(strata, generator=generator)
+    return (buckets + torch.rand(strata, generator=generator, dtype=torch.float64)) / strata
+
+
 def draw_sigmas(
-    sampling: SigmaSampling, *, seed: int, first: int, count: int, tokens: int | Sequence[int] | None = None
+    sampling: SigmaSampling,
+    *,
+    seed: int,
+    first: int,
+    count: int,
+    tokens: int | Sequence[int | None] | None = None,
 ) -> Tensor:
     """Sigmas [count] (fp32, CPU, inside (0, 1)) of the run's samples `first`, `first` + 1, ...
 
     `tokens`: image tokens of the samples, one number or one each; needed where the shift follows the resolution.
     Stateless: sample n gets the same sigma whoever asks, and in whatever batch.
     """
-    if tokens is not None and not isinstance(tokens, int) and len(tokens) != count:
+    if tokens is None or isinstance(tokens, int):
+        tokens = [tokens] * count
+    if len(tokens) != count:
         raise ErnieError(f"tokens must be one number or one per sample ({count}), got {len(tokens)}.")
     strata, sigmas = sampling.strata, torch.empty(count, dtype=torch.float64)
-    rounds: dict[int, tuple[Tensor, Tensor]] = {}
-    for i in range(count):
-        turn, place = divmod(first + i, strata)
-        if turn not in rounds:
-            generator = make_generator("sigma", seed, turn)
-            rounds[turn] = (
-                torch.randperm(strata, generator=generator),
-                torch.rand(strata, generator=generator, dtype=torch.float64),
-            )
-        bucket, inside = (draws[place] for draws in rounds[turn])
-        shift = _shift_of(sampling, tokens if tokens is None or isinstance(tokens, int) else tokens[i])
+    start, end = first // strata, -(-(first + count) // strata)
+    u = torch.cat([_stratified(strata, seed, turn) for turn in range(start, end)])[first - start * strata :][:count]
+    for number in set(tokens):
+        here = torch.tensor([n == number for n in tokens])
+        shift = _shift_of(sampling, number)
         low, high = _window(sampling, shift)
-        sigmas[i] = _sigma_of_quantile(sampling, low + (bucket + inside) / strata * (high - low), shift)
+        sigmas[here] = _sigma_of_quantile(sampling, low + u[here] * (high - low), shift)
     # fp32 rounds the outermost quantiles onto 0 and 1, where x0 or the noise would be absent.
     return sigmas.float().clamp(1e-6, 1 - 1e-6)
 

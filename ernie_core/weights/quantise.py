@@ -259,8 +259,8 @@ class QuantisedLinear(nn.Module):
         """The weight multiplied out."""
         return _multiply_out(self.weight, self.weight_scale, dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return cast(Tensor, _QuantisedProduct.apply(x, self.weight, self.weight_scale, self.bias))
+    def forward(self, input: Tensor) -> Tensor:  # named as nn.Linear names it
+        return cast(Tensor, _QuantisedProduct.apply(input, self.weight, self.weight_scale, self.bias))
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, dtype={self.weight.dtype}"
