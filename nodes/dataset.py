@@ -220,8 +220,9 @@ class ErnieDatasetFolder(io.ComfyNode):
     def execute(cls, path, format, repeats, loss_weight, balance, dataset=None, **options) -> io.NodeOutput:
         from ..ernie_core.training.dataset import read_dataset
 
-        read = read_dataset(existing(path), format, make_options(**options), on_progress=on_progress())
-        return finish(weigh(read, repeats, loss_weight), dataset, balance, cls.hidden.unique_id)
+        source = existing(path)
+        read = read_dataset(source, format, make_options(**options), on_progress=on_progress())
+        return finish(weigh(read, source.stem, repeats, loss_weight), dataset, balance, cls.hidden.unique_id)
 
 
 class ErnieDatasetImages(io.ComfyNode):
@@ -268,7 +269,7 @@ class ErnieDatasetImages(io.ComfyNode):
         read = dataset_from_images(
             images, lines or [""], folder, masks_BHW=masks, options=make_options(missing_caption="empty", **options)
         )
-        return finish(weigh(read, repeats, 1.0), dataset, balance, cls.hidden.unique_id)
+        return finish(weigh(read, folder.name, repeats, 1.0), dataset, balance, cls.hidden.unique_id)
 
 
 class ErniePairsFolder(io.ComfyNode):
@@ -426,9 +427,12 @@ def read_colour(text: str) -> tuple[int, int, int]:
     return red, green, blue
 
 
-def weigh(dataset, repeats: int, loss_weight: float):
-    """`dataset` with every item's repeats and weight multiplied."""
-    items = (replace(i, repeats=i.repeats * repeats, weight=i.weight * loss_weight) for i in dataset.items)
+def weigh(dataset, concept: str, repeats: int, loss_weight: float):
+    """`dataset` with every item's repeats and weight multiplied; those of no concept are of `concept`."""
+    items = (
+        replace(i, concept=i.concept or concept, repeats=i.repeats * repeats, weight=i.weight * loss_weight)
+        for i in dataset.items
+    )
     return replace(dataset, items=tuple(items))
 
 
