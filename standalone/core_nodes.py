@@ -1,6 +1,6 @@
 """The core nodes that workflows mix with ours, under core's ids and inputs, so that the same files run.
 
-What standalone does not do (other samplers, LoRA) is refused by name when the workflow is checked or run. Core's file
+What standalone does not do (other samplers) is refused by name when the workflow is checked or run. Core's file
 loaders build our own models here: there is one engine.
 """
 
@@ -108,6 +108,17 @@ class VAELoader(io.ComfyNode):
         return io.NodeOutput(host.make_vae(component, weight_dtype="default"))
 
 
+def strength_input() -> io.Float.Input:
+    return io.Float.Input("strength_model", default=1.0, min=-100.0, max=100.0, step=0.01)
+
+
+def with_lora(model: host.Model, lora: Any, shapes: dict, strength: float) -> host.Model:
+    """Return a model with every module of `lora` added at `strength`."""
+    from ..ernie_core.weights.lora import module_strengths
+
+    return host.apply_lora(model, lora, module_strengths(lora, strength, "", shapes))
+
+
 class LoraLoaderModelOnly(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -117,26 +128,42 @@ class LoraLoaderModelOnly(io.ComfyNode):
             category="loaders",
             inputs=[
                 io.Model.Input("model"),
-                io.String.Input("lora_name"),
-                io.Float.Input("strength_model", default=1.0, min=-100.0, max=100.0, step=0.01),
+                io.Combo.Input("lora_name", options=host.list_loras()),
+                strength_input(),
             ],
             outputs=[io.Model.Output()],
         )
 
     @classmethod
-    def validate_inputs(cls, strength_model: float | None) -> bool | str:
-        if strength_model == 0:
-            return True
-        return "strength_model 0 (off) expected without ComfyUI; run this workflow in ComfyUI, or bypass the node."
+    def execute(cls, model: host.Model, lora_name: str, strength_model: float) -> io.NodeOutput:
+        from ..ernie_core.weights.lora import read_lora
+
+        shapes = host.lora_shapes(model)
+        return io.NodeOutput(with_lora(model, read_lora(host.lora_path(lora_name), shapes), shapes, strength_model))
+
+
+class LoraModelLoader(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LoraModelLoader",
+            display_name="Load LoRA Model",
+            category="loaders",
+            inputs=[
+                io.Model.Input("model"),
+                io.Custom("LORA_MODEL").Input("lora"),
+                strength_input(),
+                io.Boolean.Input("bypass", default=False, optional=True),  # how weights are added: the same numbers
+            ],
+            outputs=[io.Model.Output()],
+        )
 
     @classmethod
-    def execute(cls, model: host.Model, lora_name: str, strength_model: float) -> io.NodeOutput:
-        if strength_model != 0:
-            raise ErnieError(
-                f"strength_model 0 (off) expected without ComfyUI, got {strength_model:g}; LoRA files need ComfyUI, "
-                "or bypass the node."
-            )
-        return io.NodeOutput(model)
+    def execute(cls, model: host.Model, lora: dict, strength_model: float, bypass: bool = False) -> io.NodeOutput:
+        from ..ernie_core.weights.lora import parse_lora
+
+        shapes = host.lora_shapes(model)
+        return io.NodeOutput(with_lora(model, parse_lora(lora, shapes), shapes, strength_model))
 
 
 # ---------------------------------------------------------------------------------------------------- conditioning
@@ -823,6 +850,7 @@ NODES: tuple[type[io.ComfyNode], ...] = (
     CLIPLoader,
     VAELoader,
     LoraLoaderModelOnly,
+    LoraModelLoader,
     CLIPTextEncode,
     ConditioningZeroOut,
     KSampler,
