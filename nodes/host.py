@@ -434,10 +434,11 @@ RANGED_KEY = "ernie_loras"
 
 
 def checkpoints_folder() -> Path:
-    """Where a merged transformer goes: the first of the host's folders of diffusion models."""
+    """Where a merged transformer goes: models/diffusion_models, else the first of the host's folders for these."""
     import folder_paths
 
-    return Path(folder_paths.get_folder_paths("diffusion_models")[0])
+    folders = [Path(p) for p in folder_paths.get_folder_paths("diffusion_models")]  # models/unet comes first
+    return next((folder for folder in folders if folder.name == "diffusion_models"), folders[0])
 
 
 def device() -> torch.device:

@@ -599,6 +599,7 @@ def sample_from_noise(
     batch, size = start.shape[0], (start.shape[2], start.shape[3])
     uncond = None if negative is None or cfg == 1 else _make_denoise(dit, model.skip, negative, batch, size)
     denoise = _guided(_make_denoise(dit, model.skip, positive, batch, size), uncond, cfg)
+    denoise = _with_loras(denoise, dit, model.loras)
     if latent.get("noise_mask") is not None:
         denoise = _keep_outside(denoise, latent["noise_mask"], start, noise)
     bar = progress(len(sigmas) - 1)
