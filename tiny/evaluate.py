@@ -27,11 +27,12 @@ def evaluate(
     shift: float = 4.0,
     batch: int = 20,
     size_px: int = 128,
+    shapes: Sequence[str] = scenes.SHAPES,
     sheet: Path | None = None,
 ) -> dict[str, float]:
     """Shares of pictures right in each fact, and in colour, shape and place together ("all").
 
-    Picture i uses seed i. `sheet`: where to save the first 40 as one PNG.
+    Picture i uses seed i. `shapes`: those to tell apart. `sheet`: where to save the first 40 as one PNG.
     """
     right: dict[str, list[bool]] = {}
     shown = []
@@ -49,7 +50,7 @@ def evaluate(
         for (scene, text), picture in zip(part, pictures.numpy(), strict=True):
             pixels = np.rint(picture * 255).astype(np.uint8)
             shown.append(pixels)
-            found = measure(pixels)
+            found = measure(pixels, shapes=shapes)
             hit = matches(scene, found)
             hit["all"] = all(hit[fact] for fact in JUDGED)
             for fact, ok in hit.items():

@@ -15,7 +15,7 @@ Used to say in numbers how well the tiny model follows its prompts. The steps, e
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
@@ -48,6 +48,8 @@ class Measured:
     place: str | None = None
     background: str
     style: str
+    diameter: float | None = None
+    """Longer side of the object's bounding box as a fraction of the picture's shorter side."""
     shape_overlap: float = 0.0
     """Overlap with the best reference shape, 0..1; drawn scenes reach about 0.9."""
 
@@ -57,8 +59,8 @@ class Measured:
         return self.shape is not None
 
 
-def measure(image: np.ndarray) -> Measured:
-    """Measure a picture [H, W, 3], uint8 or float in 0..1.
+def measure(image: np.ndarray, *, shapes: Sequence[str] = SHAPES) -> Measured:
+    """Measure a picture [H, W, 3], uint8 or float in 0..1; `shapes` are those that its object may have.
 
     A picture without one clear object (nothing stands out from the border, nearly everything does, or what
     does resembles no shape) gives a `Measured` whose `found` is False; its background is named all the same.
@@ -87,7 +89,7 @@ def measure(image: np.ndarray) -> Measured:
     y0, y1, x0, x1 = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
     center = np.array([(x0 + x1) / 2 / width, (y0 + y1) / 2 / height])
     diameter = max(y1 - y0, x1 - x0) / min(height, width)
-    overlaps = _shape_overlaps(component[y0:y1, x0:x1])
+    overlaps = _shape_overlaps(component[y0:y1, x0:x1], shapes)
     shape = max(overlaps, key=lambda name: overlaps[name])
     if overlaps[shape] < MIN_OVERLAP:
         return Measured(background=backdrop, style=style)
@@ -98,6 +100,7 @@ def measure(image: np.ndarray) -> Measured:
         place=_nearest(center, PLACES),
         background=backdrop,
         style=style,
+        diameter=float(diameter),
         shape_overlap=overlaps[shape],
     )
 
@@ -202,10 +205,10 @@ def _largest_component(mask: np.ndarray) -> np.ndarray:
     return result
 
 
-def _shape_overlaps(mask: np.ndarray) -> dict[str, float]:
+def _shape_overlaps(mask: np.ndarray, shapes: Sequence[str]) -> dict[str, float]:
     found = _on_grid(mask)
     overlaps = {}
-    for shape in SHAPES:
+    for shape in shapes:
         reference = _reference(shape)
         overlaps[shape] = float(np.minimum(found, reference).sum() / np.maximum(found, reference).sum())
     return overlaps

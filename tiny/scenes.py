@@ -21,6 +21,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross")
+NOVEL_SHAPE = "heart"
+"""Can be drawn and worded as the others, but is in no training picture, no caption and no table: left for a LoRA."""
 COLORS = {
     "red": (212, 32, 44),
     "orange": (246, 124, 16),
@@ -81,7 +83,7 @@ _OVERSAMPLING = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """What one picture shows; each field is one of `VALUES[field]`."""
+    """What one picture shows; each field is one of `VALUES[field]`, the shape also `NOVEL_SHAPE`."""
 
     shape: str
     color: str
@@ -93,7 +95,7 @@ class Scene:
     def __post_init__(self) -> None:
         for fact in FACTS:
             value = getattr(self, fact)
-            if value not in VALUES[fact]:
+            if value not in VALUES[fact] and (fact, value) != ("shape", NOVEL_SHAPE):
                 raise ValueError(f"{fact} must be one of {', '.join(VALUES[fact])}, got {value!r}")
 
 
@@ -188,6 +190,10 @@ def _outline(shape: str) -> np.ndarray:
         quarter = [[-arm, -1], [arm, -1], [arm, -arm]]
         turn = np.array([[0, 1], [-1, 0]])
         return np.concatenate([np.array(quarter) @ np.linalg.matrix_power(turn, k) for k in range(4)])
+    if shape == NOVEL_SHAPE:
+        t = np.linspace(0, 2 * math.pi, 72, endpoint=False)
+        y = 13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)
+        return np.stack([16 * np.sin(t) ** 3, -y], axis=1) / 16
     angles = [math.pi * (k / 5 - 0.5) for k in range(10)]
     radii = [1.1 if k % 2 == 0 else 0.46 for k in range(10)]
     return np.array([[r * math.cos(a), r * math.sin(a)] for r, a in zip(radii, angles, strict=True)])
