@@ -2,12 +2,12 @@
 
 A key holds the picture's bytes (SHA-256), how it is decoded, matte and alpha, crop, size, mask and the VAE; or the
 exact text and the text encoder with its tokenizer. When one of them changes the key changes, and the old entry is never
-read. Each entry carries its key, which is compared on reading. Files are written whole or not at all, so an interrupted
-build goes on where it stopped; a truncated file counts as missing.
+read. Each entry carries its key, compared on reading. Files are written whole or not at all, so an interrupted build
+goes on where it stopped; a truncated file counts as missing.
 
-Networks are identified by the SHA-256 of all their files' bytes. Sampling a few bytes would be faster, but would not see
-a change confined to one embedding row, and modification times change when a folder is copied. A full hash of the 8 GB
-text encoder takes seconds, once: with `memo` it is remembered by path, size and time.
+Networks are identified by the SHA-256 of all their files' bytes. Sampling a few bytes would be faster, but would not
+see a change confined to one embedding row, and modification times change when a folder is copied. A full hash of the
+8 GB text encoder takes seconds, once: with `memo` it is remembered by path, size and time.
 
 Shape letters: C latent channels; H, W latent grid; T text tokens; D width.
 """
@@ -125,7 +125,8 @@ def _read(path: Path, key: str, name: str, what: str) -> Tensor | None:
     try:
         with safe_open(str(path), framework="pt") as file:
             if (file.metadata() or {}).get("key") == key:
-                return file.get_tensor(name) if name in file.keys() else None  # noqa: SIM118  no container
+                # A copy: the tensor maps the file, which then could not be replaced on Windows.
+                return file.get_tensor(name).clone() if name in file.keys() else None  # noqa: SIM118  no container
         reason = "belongs to something else"
     except FileNotFoundError:
         reason = "is missing"

@@ -194,7 +194,7 @@ def _read_folder(
             if len(group) > 1:
                 found.problem(
                     place / stem,
-                    f"names {len(group)} pictures ({', '.join(p.name for p in group)}): all share its caption",
+                    f"names {len(group)} pictures ({', '.join(p.name for p in group)}) that share a caption",
                 )
         used: set[Path] = set()
         for file in images:
@@ -291,10 +291,10 @@ def captions_from_values(values: Mapping[str, Any]) -> tuple[list[Caption], set[
         used.add(key)
         parts = value if isinstance(value, Mapping) else {style: value}
         for name, texts in parts.items():
-            for text in [texts] if isinstance(texts, str) else texts or []:
-                if not isinstance(text, str):
+            for text in texts if isinstance(texts, list) else [texts]:
+                if not isinstance(text, str | type(None)):
                     raise ErnieError(f"{key} must be text, got {text!r}")
-                if text.strip():
+                if text and text.strip():
                     captions.append(Caption(str(name), text.strip()))
     return list(dict.fromkeys(captions)), used
 

@@ -34,6 +34,7 @@ Box = tuple[float, float, float, float]
 
 MANIFEST_HEADER = "ernie-image dataset"
 MANIFEST_VERSION = 1
+_ALL = "; all are trained"  # ends a note on duplicates
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -309,12 +310,12 @@ def _report_duplicates(items: list[Item], found: Findings, options: DatasetOptio
     for group in same.values():
         if len(group) > 1:
             others = ", ".join(str(item.image) for item in group[1:])
-            found.note(group[0].image, f"is the same file as {others}; all are trained")
+            found.note(group[0].image, f"is the same file as {others}{_ALL}")
     if options.near_duplicate_bits >= 0:
         hashes = [item.perceptual_hash for item in items]
         for i, j in pictures.near_duplicates(hashes, max_bits=options.near_duplicate_bits):
             if items[i].sha256 != items[j].sha256:
-                found.note(items[i].image, f"looks the same as {items[j].image}; both are trained")
+                found.note(items[i].image, f"looks the same as {items[j].image}{_ALL}")
 
 
 # --- several datasets -----------------------------------------------------------------------------------------
@@ -351,8 +352,7 @@ def join_datasets(datasets: Sequence[Dataset]) -> Dataset:
             items.append(replace(item, rules=rules, alpha=alpha, max_upscale=upscale))
     found = Findings()
     found.problems = [p for part in datasets for p in part.problems]
-    found.notes = [p for part in datasets for p in part.notes if "all are trained" not in p.reason]
-    found.notes = [p for p in found.notes if "both are trained" not in p.reason]
+    found.notes = [p for part in datasets for p in part.notes if not p.reason.endswith(_ALL)]  # they are found anew
     _report_duplicates(items, found, first)
     options = replace(first, rules=CaptionRules(), alpha=None)
     return Dataset(items=tuple(items), options=options, problems=tuple(found.problems), notes=tuple(found.notes))
