@@ -390,6 +390,8 @@ class Views:
         self.model = model
         self.adapters: dict[str, Adapter] = {}
         self._hooks: dict[str, RemovableHandle] = {}
+        self._paths: dict[nn.Module, str] = {}
+        """Of the layers that have a hook."""
         self._active: _Active = {}
         self._names: frozenset[str] = frozenset()
         _LIVE.add(self)
@@ -410,6 +412,7 @@ class Views:
         for path in adapter.factors:
             if path not in self._hooks:
                 self._hooks[path] = linears[path].register_forward_hook(self._make_hook(path))
+                self._paths[linears[path]] = path
 
     def remove(self, name: str) -> None:
         """Forget the view `name`, and the hooks that only it needed.
@@ -424,12 +427,13 @@ class Views:
         needed = {path for adapter in self.adapters.values() for path in adapter.factors}
         for path in [path for path in self._hooks if path not in needed]:
             self._hooks.pop(path).remove()
+            del self._paths[self.model.get_submodule(path)]
 
     def close(self) -> None:
         """Remove every hook and forget every view."""
         for hook in self._hooks.values():
             hook.remove()
-        self._hooks, self.adapters, self._active, self._names = {}, {}, {}, frozenset()
+        self._hooks, self._paths, self.adapters, self._active, self._names = {}, {}, {}, {}, frozenset()
 
     @contextmanager
     def active(self, *views: str | Mapping[str, float]) -> Iterator[None]:
@@ -486,6 +490,16 @@ class ActiveViews:
 
     def __init__(self) -> None:
         self._states = [(views, views._active, views._names) for views in _LIVE]
+
+    def read_output_of(self, linear: nn.Module) -> bool:
+        """Whether backward needs the value that `linear` gave: DoRA's does, LoRA's and LoKr's do not."""
+        ours = 0
+        for views, active, _ in self._states:
+            if linear in views._paths:
+                ours += 1
+                if any(isinstance(factors, DoraFactors) for factors, _ in active.get(views._paths[linear], ())):
+                    return True
+        return len(linear._forward_hooks) > ours  # what a foreign hook needs is unknown
 
     @contextmanager
     def restored(self) -> Iterator[None]:

@@ -4,8 +4,8 @@
 Three savings over autograd's own way, with the same numbers:
 
 - GELU is computed again in backward, so only gate and up are kept of the MLP (`gated_gelu`);
-- a recomputed block does not compute the product of its last matrix again: nothing in backward needs its value, and
-  it is almost a quarter of the block (`_last_product`);
+- a recomputed block does not compute the product of its last matrix again where nothing in backward needs the value,
+  which is so with LoRA and LoKr: almost a quarter of the block (`_last_product`);
 - weights that are streamed are read from RAM and never written back.
 
 Source of elastic depth: ERNIE 5.0, arXiv 2602.04705, section 3.3.
@@ -140,7 +140,7 @@ def run_blocks(*, checkpoint: bool = True, skip: Collection[int] = (), stream: B
         if index in skipped:
             return x_BSD
         trains = torch.is_grad_enabled()
-        backward = False
+        backward = keeps_value = False
 
         def run(x_BSD: Tensor) -> Tensor:
             inputs = (x_BSD, modulation, rope, lengths, attend)
@@ -150,12 +150,14 @@ def run_blocks(*, checkpoint: bool = True, skip: Collection[int] = (), stream: B
             with place:
                 if not checkpoint or not trains:
                     return train_block(block, *inputs)
-                with _last_product(block, wants_value=not backward):
+                with _last_product(block, wants_value=keeps_value or not backward):
                     return train_block(block, *inputs)
 
         if not checkpoint or not trains:
             return run(x_BSD)
         views = ActiveViews()
+        # The gradients of a gate, and of DoRA's magnitude, are made from the value of the last product.
+        keeps_value = any(m.requires_grad for m in modulation) or views.read_output_of(block.mlp.linear_fc2)
 
         @contextmanager
         def again() -> Iterator[None]:
