@@ -14,6 +14,7 @@ BENCHMARKS = {
     "cfg": "cfg",
     "vae": "vae",
     "gpu": "gpu",
+    "train": "train_step",
 }
 
 

@@ -1,17 +1,16 @@
 """Blocks in training: recomputed, streamed and left-out blocks give the numbers of plain ones, for less memory."""
 
-import weakref
 from itertools import pairwise
 
 import pytest
 import torch
+from ernie_pack.bench.train_step import PeakMemory, kept_bytes
 from ernie_pack.ernie_core.config import DiTConfig
 from ernie_pack.ernie_core.errors import ErnieError
 from ernie_pack.ernie_core.model.dit import DiT
 from ernie_pack.ernie_core.training.adapters import Adapter, AdapterConfig, Views
 from ernie_pack.ernie_core.training.blocks import BlockStream, gated_gelu, run_blocks, skip_list
 from ernie_pack.ernie_core.weights.quantise import QuantisedLinear, quantise_rows
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from train_models import CONFIG, gradients, make_inputs, make_model, shake
 
@@ -166,58 +165,20 @@ def test_an_exception_inside_leaves_everything_as_it_was():
 # --- memory and arithmetic ----------------------------------------------------------------------------------
 
 
-def kept_bytes(setup, run_block):
+def kept_by(setup, run_block):
     """Bytes of distinct storages kept between forward and backward, model and adapter aside."""
-    tensors = (t for m in (setup.model, setup.adapter) for t in (*m.parameters(), *m.buffers()))
-    known = {t.untyped_storage().data_ptr() for t in tensors}
-    kept = {}
-
-    def pack(tensor):
-        if tensor.untyped_storage().data_ptr() not in known:
-            kept[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        velocity = setup.velocity(run_block)
-    size = sum(t.untyped_storage().nbytes() for t in kept.values())
-    del velocity
-    return size
+    constant = [t for m in (setup.model, setup.adapter) for t in (*m.parameters(), *m.buffers())]
+    return kept_bytes(lambda: setup.velocity(run_block), constant)
 
 
 def test_checkpointing_keeps_one_tensor_per_block():
     setup = Setup(config=DEEP)
     unit = 2 * (4 * 6 + 7) * 64 * 4  # one [B, S, D] tensor in fp32
-    kept, checkpointed = (kept_bytes(setup, run_blocks(checkpoint=c)) / unit for c in (False, True))
+    kept, checkpointed = (kept_by(setup, run_blocks(checkpoint=c)) / unit for c in (False, True))
     few = Setup(config=CONFIG)
-    per_block = (checkpointed - kept_bytes(few, run_blocks()) / unit) / 3
+    per_block = (checkpointed - kept_by(few, run_blocks()) / unit) / 3
     assert per_block == pytest.approx(1, abs=0.01)
     assert kept > 6 * 15
-
-
-class PeakMemory(TorchDispatchMode):
-    """Bytes of all tensors made inside, those alive now and the most at any time; `constant` ones do not count."""
-
-    def __init__(self, constant):
-        super().__init__()
-        self.known, self.alive, self.peak = {t.untyped_storage()._cdata for t in constant}, 0, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self.known:
-                self._enter(tensor.untyped_storage())
-        return out
-
-    def _enter(self, storage):
-        key, size = storage._cdata, storage.nbytes()
-        self.known.add(key)
-        self.alive += size
-        self.peak = max(self.peak, self.alive)
-        weakref.finalize(storage, self._leave, key, size)
-
-    def _leave(self, key, size):
-        self.known.discard(key)
-        self.alive -= size
 
 
 def peak_bytes(run_block, **options):
@@ -238,8 +199,7 @@ def test_an_8_bit_base_leaves_no_copy_behind():
     """The bytes kept are the same whether the weights had to be multiplied out or not."""
     for checkpoint in (False, True):
         plain, quantised = (
-            kept_bytes(Setup(quantise=q, dtype=torch.bfloat16), run_blocks(checkpoint=checkpoint))
-            for q in (False, True)
+            kept_by(Setup(quantise=q, dtype=torch.bfloat16), run_blocks(checkpoint=checkpoint)) for q in (False, True)
         )
         assert quantised == plain
 
