@@ -234,17 +234,25 @@ class BatchPlan:
         """Size -> its slots, each as often as it is in the list; sorted by size."""
         buckets: defaultdict[tuple[int, int], list[_Slot]] = defaultdict(list)
         for index, entry in enumerate(self.entries):
-            own = entry.resolutions
-            for resolution in stage.resolutions or own or (DEFAULT_RESOLUTION,):
+            for resolution in self.resolutions_of(entry, stage):
                 placed = place_pictures(entry, resolution, self.options)
                 buckets[placed[0].fit.width, placed[0].fit.height].append(_Slot(index, resolution, placed))
         return dict(sorted(buckets.items()))
 
     # --- questions ---
 
+    @staticmethod
+    def resolutions_of(entry: Entry, stage: Stage) -> tuple[int, ...]:
+        """What `entry` is trained at in `stage`: the stage's, else its own, else 1024."""
+        return stage.resolutions or entry.resolutions or (DEFAULT_RESOLUTION,)
+
     def stage_at(self, step: int) -> int:
         """Index of the stage that `step` (from 0) belongs to."""
         return bisect_right(self._first_steps, step) - 1
+
+    def first_step(self, stage: int) -> int:
+        """The step that `stage` begins with."""
+        return self._first_steps[stage]
 
     def batches_per_epoch(self, stage: int = 0) -> int:
         """Micro-batches of one pass over the data; the same in every epoch of a stage."""
