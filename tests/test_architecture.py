@@ -33,6 +33,7 @@ LEVELS = [
     {"training.feed", "training.export"},
     {"training.losses"},
     {"training.trainer", "training.job"},
+    {"training.probe"},
     {"cli"},
 ]
 

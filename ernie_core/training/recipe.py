@@ -155,6 +155,8 @@ class Recipe:
                 raise ErnieError(f"{where} must lie between 0 and 1, got {share:g}.")
         if not 0 <= self.optimiser.ema < 1:
             raise ErnieError(f"optimiser.ema must be 0 (off) or a decay below 1, got {self.optimiser.ema:g}.")
+        if self.stream and not self.checkpointing:
+            raise ErnieError("stream needs checkpointing: the backward pass brings the weights again. Switch it on.")
         if self.objective == "dpo" and (self.region_weight or self.keyword_weight):
             raise ErnieError("region_weight and keyword_weight belong to the objective sft; set them to 0 for dpo.")
         if self.objective == "sft" and (self.reference_lora or self.reference_bank):

@@ -112,14 +112,16 @@ def _stop_on_signals(job: Job) -> Iterator[None]:
 class Trainer:
     """One run in this process: the models, what is trained, and the counters that are saved with it."""
 
-    def __init__(self, job: Job, world: World, log: Callable[[Mapping[str, Any]], None]):
+    def __init__(self, job: Job, world: World, log: OnEvent, *, make_feed: Callable[[DiT], Any] | None = None):
+        """Load everything and put the newest checkpoint back; `make_feed` replaces the job's own data (see probe)."""
         self.job, self.world, self.log = job, world, log
         self.recipe = recipe = job.recipe()
-        self.feed = Feed(job, recipe, world, log)
+        if make_feed is None:
+            self.feed = Feed(job, recipe, world, log)  # before the base: its networks have gone when that comes
         log({"event": "message", "message": f"loading the base in {recipe.precision}"})
         self.model, self.stream = load_model(recipe, world.device)
-        base = recipe.models.path("transformer")
-        self.base_hash = component_hash(base, "transformer", memo=model_hashes_path(job)) if world.leads else ""
+        if make_feed is not None:
+            self.feed = make_feed(self.model)
         self.views = Views(self.model)
         self.adapter = make_adapter(recipe, self.model, world.device)
         self.views.add("policy", self.adapter)
@@ -222,10 +224,7 @@ class Trainer:
 
     def _backward(self, step: int, batches: Sequence[Batch], *, checkpoint: bool) -> Sums:
         sums, total = Sums(), self.feed.samples_in(step)
-        blocks = {
-            grad: run_blocks(checkpoint=checkpoint and grad, skip=self._skipped(step), stream=self.stream)
-            for grad in (True, False)
-        }
+        blocks = run_blocks(checkpoint=checkpoint, skip=self._skipped(step), stream=self.stream)
         dtype, device = self.model.x_embedder.proj.weight.dtype, self.world.device
 
         def velocity(
@@ -239,7 +238,7 @@ class Trainer:
                     text,
                     text_lengths=[len(t) for t in texts],
                     attend=attend,
-                    run_block=blocks[torch.is_grad_enabled()],
+                    run_block=blocks,
                 )
 
         self.adapter.train()
@@ -331,14 +330,17 @@ class Trainer:
         self.world.barrier()
 
     def _write_lora(self, path: Path) -> None:
+        base = self.recipe.models.path("transformer")
+        metadata = lora_metadata(
+            self.recipe,
+            step=self.step,
+            averaged=self.average is not None,
+            base_hash=component_hash(base, "transformer", memo=model_hashes_path(self.job)),
+            data_hash=self.feed.hash,
+            trigger=self.feed.trigger,
+            items=self.feed.items,
+        )
         trained = (self.average or self.adapter).to_lora()
-        data = {
-            "base_hash": self.base_hash,
-            "data_hash": self.feed.hash,
-            "trigger": self.feed.trigger,
-            "items": self.feed.items,
-        }
-        metadata = lora_metadata(self.recipe, step=self.step, averaged=self.average is not None, **data)
         write_trained(trained, path, module_shapes(self.model), dtype=self.recipe.save_dtype, metadata=metadata)
 
     def _restore(self) -> int:

@@ -31,7 +31,8 @@ def test_states_are_read_from_the_folder(job):
         now = status(job)
         assert (now.state, now.step, now.steps, now.loss, now.seconds_left) == ("running", 2, 10, 0.5, 16.0)
     dead = status(job)
-    assert dead.state == "stopped" and "without a word" in dead.message
+    assert dead.state == "stopped"
+    assert "without a word" in dead.message
     job.append({"event": "stopped", "message": "stopped at step 2"})
     assert status(job).message == "stopped at step 2"
     job.append({"event": "failed", "message": "NaN"})
@@ -52,15 +53,19 @@ def test_a_report_tells_the_numbers(job):
         step(job, i)
     job.append({"event": "bad_step", "step": 5, "message": "x"})
     text = report(job)
-    assert "step 4 of 10" in text.text and "NaN: 1" in text.text and "2.00 s a step" in text.text
-    assert text.curves.dtype == np.uint8 and text.samples is None
+    assert "step 4 of 10" in text.text
+    assert "NaN: 1" in text.text
+    assert "2.00 s a step" in text.text
+    assert text.curves.dtype == np.uint8
+    assert text.samples is None
 
 
 def test_a_worker_that_fails_is_never_taken_for_one_that_finished(job):
     worker = start_worker(job)
     seen = []
     last = watch(job, seen.append, worker=worker, seconds=0.1)
-    assert last.state == "failed" and "manifest" in last.message
+    assert last.state == "failed"
+    assert "manifest" in last.message
     assert worker.wait(10) == 1
     assert "error:" in log_tail(job)
 

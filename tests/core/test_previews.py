@@ -24,7 +24,8 @@ def ink_rows(picture, colour):
 
 def test_a_falling_loss_is_drawn_falling():
     picture = draw_curves({"loss": {"every step": [(i, 10.0 - i) for i in range(10)]}})
-    assert picture.shape == (260, 900, 3) and picture.dtype == np.uint8
+    assert picture.shape == (260, 900, 3)
+    assert picture.dtype == np.uint8
     rows = ink_rows(picture[:, :740], (38, 92, 196))
     assert rows[max(rows)] > rows[min(rows)] + 80  # further down
 

@@ -37,9 +37,14 @@ def test_every_model_falls_back_to_the_official_folder():
 
 def test_json_and_back_is_the_same_recipe(tmp_path):
     recipe = recipe_from_dict(
-        {**MINIMAL, "stages": [{"resolution": 256, "until_step": 10}, {"resolution": 512}], "optimiser": {"lr": 1}}
+        {
+            **MINIMAL,
+            "stages": [{"resolutions": [256], "until_step": 10}, {"resolutions": [512]}],
+            "optimiser": {"lr": 1},
+        }
     )
-    assert recipe.optimiser.lr == 1.0 and isinstance(recipe.optimiser.lr, float)
+    assert recipe.optimiser.lr == 1.0
+    assert isinstance(recipe.optimiser.lr, float)
     path = tmp_path / "recipe.json"
     path.write_text(json.dumps(recipe.to_dict()))
     assert read_recipe(path) == recipe
@@ -76,6 +81,7 @@ def test_toml(tmp_path):
         ({"depth": {"share": 2}}, r"depth.share must lie between 0 and 1"),
         ({"region_weight": -1}, "region_weight must be 0"),
         ({"stages": 256}, "stages must be a list"),
+        ({"stream": True, "checkpointing": False}, "stream needs checkpointing"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(values, message):
