@@ -177,7 +177,7 @@ def _read_folder(
         raise ErnieError(f"there is no mask folder {options.mask_folder}.")
     skipped = {mask_root} if mask_root is not None else set()
     added, others = 0, Counter()
-    for place, files in _walk(folder, skipped, recursive=recursive):
+    for place, files in _walk(folder, skipped, found, recursive=recursive):
         images, unreadable = [], []
         for file in files:
             suffix = file.suffix.lower()
@@ -221,14 +221,21 @@ def _read_folder(
     return added
 
 
-def _walk(folder: Path, skipped: set[Path], *, recursive: bool) -> Iterator[tuple[Path, list[Path]]]:
-    """(folder, its files) in an order that is the same everywhere; hidden folders are not entered."""
-    entries = sorted(folder.iterdir(), key=lambda p: p.name)
+def _walk(folder: Path, skipped: set[Path], found: Findings, *, recursive: bool) -> Iterator[tuple[Path, list[Path]]]:
+    """(folder, its files) in an order that is the same everywhere; hidden folders and links back up are not entered."""
+    try:
+        entries = sorted(folder.iterdir(), key=lambda p: p.name)
+    except OSError as e:
+        found.problem(folder, f"left out: it cannot be read ({e.strerror or e})")
+        return
     yield folder, [p for p in entries if p.is_file() and not p.name.startswith(".")]
-    if recursive:
-        for sub in entries:
-            if sub.is_dir() and sub not in skipped and not sub.name.startswith("."):
-                yield from _walk(sub, skipped, recursive=True)
+    for sub in entries if recursive else ():
+        if not sub.is_dir() or sub in skipped or sub.name.startswith("."):
+            continue
+        if sub.is_symlink() and folder.resolve().is_relative_to(sub.resolve()):
+            found.problem(sub, "left out: it is a link to a folder that it lies in")
+        else:
+            yield from _walk(sub, skipped, found, recursive=True)
 
 
 def captions_beside(
@@ -667,7 +674,10 @@ def _read_metadata(path: Path, found: Findings, options: DatasetOptions) -> None
     _read_rows(tables[0], found, options, Item(image=path))
     named = {item.image.resolve() for item in found.items} | {item.mask.resolve() for item in found.items if item.mask}
     rest = [
-        p for _, files in _walk(path, set(), recursive=True) for p in files if p.suffix.lower() in pictures.SUFFIXES
+        p
+        for _, files in _walk(path, set(), found, recursive=True)
+        for p in files
+        if p.suffix.lower() in pictures.SUFFIXES
     ]
     rest = [p for p in rest if p.resolve() not in named and not p.stem.endswith(MASK_SUFFIX)]
     if rest:
@@ -817,7 +827,7 @@ def dataset_from_images(
     found = Findings()
     for path, its_texts in texts.items():
         named = tuple(Caption(DEFAULT_STYLE, t) for t in dict.fromkeys(its_texts) if t)
-        write_whole(path.with_suffix(".txt"), "\n".join(c.text for c in named).encode("utf-8", "surrogatepass"))
+        write_whole(path.with_suffix(".txt"), "\n".join(c.text for c in named).encode("utf-8", "replace"))
         found.items.append(Item(image=path, captions=named, concept=folder.name, mask=masks.get(path)))
         if len(its_texts) > 1:
             found.note(path, f"{len(its_texts)} pictures of the batch are equal; they are one item")

@@ -500,10 +500,17 @@ def write_manifest(dataset: Dataset, path: Path | str) -> None:
         "problems": [[p.label, p.reason] for p in dataset.problems],
         "notes": [[p.label, p.reason] for p in dataset.notes],
     }
-    lines = [header, *(item_to_json(item, path.parent) for item in dataset.items)]
-    write_whole(
-        path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode("utf-8", "surrogatepass")
-    )
+    write_lines(path, [header, *(item_to_json(item, path.parent) for item in dataset.items)])
+
+
+def write_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
+    """Write a JSONL file whole or not at all; readable text, escaped only where a file name is no valid Unicode."""
+    lines = list(lines)
+    try:
+        data = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
+    except UnicodeEncodeError:
+        data = "".join(json.dumps(line) + "\n" for line in lines).encode()
+    write_whole(path, data)
 
 
 def item_to_json(item: Item, base: Path) -> dict[str, Any]:

@@ -33,6 +33,7 @@ from .items import (
     options_from_json,
     read_lines,
     read_table,
+    write_lines,
     write_whole,
 )
 
@@ -424,8 +425,7 @@ def write_pairs_manifest(pairs: Pairs, path: Path | str) -> None:
     for pair in pairs.pairs:
         chosen, rejected = item_to_json(pair.chosen, path.parent), item_to_json(pair.rejected, path.parent)
         lines.append({"chosen": chosen, "rejected": rejected, "margin": pair.margin})
-    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    write_whole(path, text.encode("utf-8", "surrogatepass"))
+    write_lines(path, lines)
 
 
 def read_pairs_manifest(path: Path | str, *, check: bool = True, on_progress: OnProgress | None = None) -> Pairs:

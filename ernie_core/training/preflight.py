@@ -13,6 +13,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Protocol
 
 import numpy as np
@@ -75,6 +76,12 @@ class Memory:
         return self.base + self.adapter + self.activations + _CONTEXT_BYTES
 
 
+@lru_cache(maxsize=8)
+def num_weights(config: DiTConfig) -> int:
+    """All weights of the transformer."""
+    return sum(p.numel() for p in DiT(config, device="meta").parameters())
+
+
 def num_linear_weights(config: DiTConfig) -> int:
     """Weights of the seven matrices of all blocks."""
     return config.num_layers * (4 * config.hidden_size**2 + 3 * config.hidden_size * config.ffn_hidden_size)
@@ -118,7 +125,7 @@ def estimate_memory(
         stream: whether only two blocks' weights are on the device at a time.
     """
     optimiser = optimiser or OptimiserConfig()
-    total = sum(p.numel() for p in DiT(config, device="meta").parameters())
+    total = num_weights(config)
     blocks = num_linear_weights(config)
     eight_bit = precision in ("fp8", "int8")
     width = 4 if precision == "fp32" else 2
@@ -299,7 +306,7 @@ def _ignore(done: int, total: int, what: str) -> None:
 
 def _read_models(recipe: Recipe | None) -> tuple[DiTConfig, Tokenizer | None, list[str]]:
     """The transformer's sizes and the tokenizer, and what could not be read of them."""
-    if recipe is None:
+    if recipe is None or not recipe.models.transformer:  # a recipe whose models are not chosen yet
         return DiTConfig(), None, []
     config, tokenizer, notes = DiTConfig(), None, []
     try:
@@ -375,21 +382,25 @@ def _stage_facts(
 
 
 def _ranked(found: Iterable[Picture], key: Callable[[Picture], float]) -> tuple[Picture, ...]:
-    return tuple(sorted(found, key=lambda p: (-key(p), str(p.item.image))))
+    """The largest by `key` first; of a picture at several sizes, the worst."""
+    worst: dict[str, Picture] = {}
+    for picture in sorted(found, key=lambda p: (-key(p), str(p.item.image))):
+        worst.setdefault(str(picture.item.image), picture)
+    return tuple(worst.values())
 
 
 def _too_small(plan: BatchPlan) -> tuple[Picture, ...]:
     """Pictures that would be trained larger if enlarging were not limited, by their trained size."""
     free = replace(plan.options, max_upscale=math.inf)
-    found: dict[str, Picture] = {}
-    for stage, settings in enumerate(plan.stages):
+    found: list[Picture] = []
+    for settings in plan.stages:
         for entry in plan.entries:
             for resolution in plan.resolutions_of(entry, settings):
                 placed = place_pictures(entry, resolution, plan.options)
                 unlimited = place_pictures(_unlimited(entry), resolution, free)
                 if _cells(placed[0].fit[:2]) < _cells(unlimited[0].fit[:2]):
-                    found[f"{stage} {placed[0].item.image} {resolution}"] = placed[0]
-    return _ranked(found.values(), lambda p: -p.fit.width * p.fit.height)
+                    found.append(placed[0])
+    return _ranked(found, lambda p: -p.fit.width * p.fit.height)
 
 
 def _unlimited(entry: Entry) -> Entry:
@@ -420,6 +431,11 @@ def format_time(seconds: float) -> str:
     whole = round(seconds)
     hours, minutes, rest = whole // 3600, whole // 60 % 60, whole % 60
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{seconds:.2g} s"
+
+
+def format_bytes(count: float) -> str:
+    """`1.5e9` as 1.5 GB (10^9 bytes)."""
+    return f"{count / GB:.1f} GB" if count >= GB else f"{count / 10**6:.3g} MB"
 
 
 def _write(
@@ -455,20 +471,20 @@ def _write(
     lines.append(f"- {facts.duplicates} exact and {facts.near_duplicates} near duplicates")
     lines += ["", "## Captions", "", *_caption_lines(facts)]
     lines += ["", "## Cost", ""]
-    lines.append(f"- cache on disk: {facts.cache_bytes / GB:.2f} GB")
+    lines.append(f"- cache on disk: {format_bytes(facts.cache_bytes)}")
     m = facts.memory
     precision = recipe.precision if recipe else "bf16"
     lines.append(
-        f"- memory at {largest[0]} x {largest[1]}, estimated: {m.total / GB:.1f} GB (base in {precision} "
-        f"{m.base / GB:.1f}, adapter and optimiser {m.adapter / GB:.2f}, activations {m.activations / GB:.2f}, "
-        f"context {_CONTEXT_BYTES / GB:.1f})"
+        f"- memory at {largest[0]} x {largest[1]}, estimated: {format_bytes(m.total)} (base in {precision} "
+        f"{format_bytes(m.base)}, adapter and optimiser {format_bytes(m.adapter)}, activations "
+        f"{format_bytes(m.activations)}, a GPU's context {format_bytes(_CONTEXT_BYTES)})"
     )
     if facts.cost is None or facts.seconds is None:
         lines.append("- time: not measured")
     else:
         steps = ", ".join(f"{s:.3g}" for s in facts.cost.seconds)
         if facts.cost.peak_bytes is not None:
-            lines.append(f"- memory, measured: {facts.cost.peak_bytes / GB:.1f} GB")
+            lines.append(f"- memory, measured: {format_bytes(facts.cost.peak_bytes)}")
         lines.append(f"- steps at {largest[0]} x {largest[1]}, measured: {steps} s")
         lines.append(f"- time of the whole run, scaled from these: {format_time(facts.seconds)}")
     if data.notes:

@@ -565,6 +565,48 @@ def test_a_folder_that_a_foreign_file_names_but_is_not_there_is_listed(folder):
     assert "gone: left out: there is no such folder" in said(read_dataset(path))
 
 
+def test_names_that_are_no_valid_unicode_survive_the_manifest(tmp_path):
+    import os
+    import sys
+
+    if sys.platform != "linux":
+        pytest.skip("file names are Unicode here")
+    folder = odd.write_pictures(tmp_path / "pics", [(32, 32)])
+    for suffix in (".png", ".txt"):
+        os.rename(folder / f"0{suffix}", os.fsencode(folder) + b"/caf\xe9" + suffix.encode())
+    dataset = read_dataset(folder)
+    write_manifest(dataset, folder / "manifest.jsonl")
+    assert read_manifest(folder / "manifest.jsonl") == dataset
+    assert texts(dataset) == {"caf\udce9.png": ["caption 0"]}
+
+
+def test_a_link_to_a_folder_above_is_not_followed(folder):
+    try:
+        (folder / "up").symlink_to(folder.parent, target_is_directory=True)
+    except OSError:
+        pytest.skip("links are not allowed here")
+    read = read_dataset(folder)
+    assert len(read.items) == 3
+    assert "up: left out: it is a link to a folder that it lies in" in said(read)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "hidden", "package"),
+    [
+        ("data.toml", "[[datasets]]\nimage_directory = 'pics'\n", ("tomllib", "tomli"), "tomli"),
+        ("job.yaml", "config:\n  process: []\n", ("yaml",), "PyYAML"),
+    ],
+)
+def test_a_format_whose_package_is_missing_names_it(name, content, hidden, package, folder, monkeypatch):
+    import sys
+
+    for module in hidden:
+        monkeypatch.setitem(sys.modules, module, None)
+    (folder.parent / name).write_text(content)
+    with pytest.raises(ErnieError, match=f"the package {package}: install it"):
+        read_dataset(folder.parent / name)
+
+
 # --- pictures from the graph ---
 
 
