@@ -29,6 +29,7 @@ class ErnieExtension(ComfyExtension):
         from .sampling import ErnieEmptyLatent, ErnieSampler, ErnieSigmas
         from .text import ErnieEncodePrompt, ErnieEnhancePrompt
         from .training import (
+            ErniePreflight,
             ErnieRecipe,
             ErnieRecipeDPO,
             ErnieReducedDepth,
@@ -60,6 +61,7 @@ class ErnieExtension(ComfyExtension):
             ErnieTrainingModels,
             ErnieRecipe,
             ErnieRecipeDPO,
+            ErniePreflight,
             ErnieTrain,
             ErnieTrainingReport,
             ErnieReducedDepth,

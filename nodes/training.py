@@ -15,7 +15,7 @@ from comfy_api.latest import io, ui
 
 from ..ernie_core.errors import ErnieError, Interrupted
 from . import host
-from .dataset import Dataset, Pairs
+from .dataset import Dataset, Pairs, on_progress
 
 CATEGORY = "ERNIE/training"
 TrainingModels = io.Custom("ERNIE_TRAINING_MODELS")
@@ -545,6 +545,66 @@ def read_stages(text: str) -> list[dict]:
             )
         stages.append({"resolutions": [int(n) for n in numbers]} | ({"until_step": int(until)} if colon else {}))
     return stages
+
+
+# --- before it starts ----------------------------------------------------------------------------------------------
+
+
+class ErniePreflight(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ErniePreflight",
+            display_name="Preflight (ERNIE)",
+            category=CATEGORY,
+            description="Reports what the training data looks like and what a run on it would cost.",
+            is_output_node=True,
+            inputs=[
+                Dataset.Input("dataset", optional=True, tooltip="Pictures to look at; either these or pairs."),
+                Pairs.Input("pairs", optional=True, tooltip="Pairs to look at; either these or a dataset."),
+                TrainingRecipe.Input(
+                    "recipe",
+                    optional=True,
+                    tooltip="Its resolution and batches are used; without it, 1024 and one picture at a time.",
+                ),
+                TrainingModels.Input(
+                    "models",
+                    optional=True,
+                    tooltip="With these, captions are counted in real tokens; with a recipe too, three real steps are "
+                    "measured for time and memory.",
+                ),
+            ],
+            outputs=[
+                io.String.Output(display_name="report", tooltip="Sizes, crops, captions, duplicates, memory, time."),
+                io.Image.Output(
+                    display_name="pictures",
+                    tooltip="Pictures per size, the strongest crops, and how long captions are.",
+                    is_output_list=True,
+                ),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, dataset=None, pairs=None, recipe=None, models=None) -> io.NodeOutput:
+        from ..ernie_core.training.preflight import check
+        from ..ernie_core.training.probe import probe
+        from ..ernie_core.training.recipe import Recipe
+
+        if (dataset is None) == (pairs is None):
+            raise ErnieError("Preflight looks at one of dataset and pairs: connect exactly one of them.")
+        data = pairs if dataset is None else dataset
+        if recipe is not None:
+            choose_data(recipe, dataset, pairs)
+        measured = recipe is not None and models is not None
+        if models is not None:
+            recipe = replace(recipe or Recipe(name="preflight", models=models), models=models)
+        if measured:
+            host.unload_models()
+        measure = (lambda size: probe(recipe, size)) if measured else None
+        found = check(data, recipe, probe=measure, on_progress=on_progress())
+        host.show_text(cls.hidden.unique_id, found.text)
+        return io.NodeOutput(found.text, [to_image(picture) for picture in found.pictures.values()])
 
 
 # --- running ---------------------------------------------------------------------------------------------------------

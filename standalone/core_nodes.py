@@ -153,13 +153,12 @@ class LoraModelLoader(io.ComfyNode):
                 io.Model.Input("model"),
                 io.Custom("LORA_MODEL").Input("lora"),
                 strength_input(),
-                io.Boolean.Input("bypass", default=False, optional=True),  # how weights are added: the same numbers
             ],
             outputs=[io.Model.Output()],
         )
 
     @classmethod
-    def execute(cls, model: host.Model, lora: dict, strength_model: float, bypass: bool = False) -> io.NodeOutput:
+    def execute(cls, model: host.Model, lora: dict, strength_model: float) -> io.NodeOutput:
         from ..ernie_core.weights.lora import parse_lora
 
         shapes = host.lora_shapes(model)

@@ -183,6 +183,50 @@ def test_sample_prompts_are_lines(node):
     assert recipe.samples.prompts == ("a star", "a ring")
 
 
+# --- preflight ---
+
+
+def test_preflight_needs_no_model(node):
+    report, pictures = node("ErniePreflight", dataset=node("ErnieDatasetFolder", path="pictures")[0]).args
+    assert "3" in report
+    assert len(pictures) == 3
+    assert all(p.shape[0] == 1 and p.shape[3] == 3 and 0 <= p.min() < p.max() <= 1 for p in pictures)
+
+
+@pytest.mark.parametrize("objective", ["sft", "dpo"])
+def test_preflight_measures_real_steps_of_the_recipe(node, session, objective):
+    if objective == "sft":
+        data = {"dataset": node("ErnieDatasetFolder", path="pictures")[0]}
+    else:
+        data = {"pairs": node("ErniePairsFolder", path="pairs")[0]}
+    recipe = node("ErnieRecipe" if objective == "sft" else "ErnieRecipeDPO", **SMALL)[0]
+    models = node("ErnieTrainingModels", **chosen_models())[0]
+    without, _ = node("ErniePreflight", recipe=recipe, **data).args
+    with_models, _ = node("ErniePreflight", recipe=recipe, models=models, **data).args
+    assert "cannot be read" not in without + with_models
+    measured = [line for line in with_models.splitlines() if line not in without.splitlines()]
+    assert any("step" in line and " s" in line for line in measured), with_models
+    assert not host.jobs_folder().exists(), "a measurement leaves nothing behind"
+
+
+def test_preflight_counts_real_tokens_with_models_alone(node):
+    dataset = node("ErnieDatasetFolder", path="pictures")[0]
+    models = node("ErnieTrainingModels", **chosen_models())[0]
+    guessed, counted = (node("ErniePreflight", dataset=dataset, models=m)[0] for m in (None, models))
+    assert "estimated" in guessed
+    assert counted != guessed
+
+
+def test_preflight_looks_at_one_kind_of_data(node):
+    dataset = node("ErnieDatasetFolder", path="pictures")[0]
+    pairs = node("ErniePairsFolder", path="pairs")[0]
+    for given in ({}, {"dataset": dataset, "pairs": pairs}):
+        with pytest.raises(ErnieError, match="one of dataset and pairs: connect exactly one of them"):
+            node("ErniePreflight", **given)
+    with pytest.raises(ErnieError, match=r"\(dpo\) trains on pairs, which is not connected"):
+        node("ErniePreflight", dataset=dataset, recipe=node("ErnieRecipeDPO")[0])
+
+
 # --- training ---
 
 
