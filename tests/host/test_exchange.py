@@ -12,7 +12,7 @@ from ernie_pack.ernie_core.batch import read_image
 from ernie_pack.ernie_core.weights.checkpoint import read_header, write_safetensors
 from ernie_pack.standalone import host, load_node_classes
 from ernie_pack.standalone.graph import Workflow, run_prompt, validate
-from host_graph import SIDE_PX, STEPS, Graph, difference
+from host_graph import SIDE_PX, STEPS, Graph, defaults, difference
 
 pytestmark = pytest.mark.host
 
@@ -238,22 +238,6 @@ def test_easycache_skips_steps_of_our_model(own_sampler, latents, need, new_log)
     plain, quick = latents(graph, sample(steps=20), sample(model=cached, steps=20))
     assert difference(plain, quick) > 0
     assert "EasyCache - skipping step" in new_log() or "EasyCache [verbose] - skipping step" in new_log()
-
-
-def defaults(nodes, kind, **given):
-    """All widgets of a core node at their defaults, then `given`, less the inputs that this version does not have."""
-    inputs = {}
-    for group in ("required", "optional"):
-        for name, spec in nodes[kind]["input"].get(group, {}).items():
-            choices = spec[0] if isinstance(spec[0], list) else (spec[1] if len(spec) > 1 else {}).get("options")
-            options = spec[1] if len(spec) > 1 else {}
-            if "default" in options:
-                inputs[name] = options["default"]
-            elif choices:
-                inputs[name] = choices[0]
-            if name in given:
-                inputs[name] = given[name]
-    return inputs
 
 
 def test_trainloranode_trains_a_lora_that_changes_the_picture(latents, need, nodes, server):

@@ -71,3 +71,19 @@ def difference(a: Tensor, b: Tensor) -> float:
     assert a.isfinite().all()
     assert a.std() > 1e-3, "the result is one number"
     return float((a - b).abs().max() / a.abs().max())
+
+
+def defaults(nodes, kind, **given):
+    """All widgets of a core node at their defaults, then `given`, less the inputs that this version does not have."""
+    inputs = {}
+    for group in ("required", "optional"):
+        for name, spec in nodes[kind]["input"].get(group, {}).items():
+            choices = spec[0] if isinstance(spec[0], list) else (spec[1] if len(spec) > 1 else {}).get("options")
+            options = spec[1] if len(spec) > 1 else {}
+            if "default" in options:
+                inputs[name] = options["default"]
+            elif choices:
+                inputs[name] = choices[0]
+            if name in given:
+                inputs[name] = given[name]
+    return inputs
