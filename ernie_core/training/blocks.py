@@ -26,7 +26,7 @@ from ..errors import ErnieError
 from ..model.attention import AttentionFunction
 from ..model.dit import Block, DiT, Modulation, RunBlock
 from ..model.rope import RopeTable
-from ..weights.quantise import QuantisedLinear
+from ..weights.quantise import QuantisedLinear, multiply_out
 from .adapters import ActiveViews
 
 _ALIGNMENT = 256  # bytes; what the fastest copies and matrix kernels ask for
@@ -87,7 +87,7 @@ class _FrozenProduct(torch.autograd.Function):
 
 
 def _in_dtype(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    return weight if scale is None else (weight.float() * scale).to(dtype)
+    return weight if scale is None else multiply_out(weight, scale, dtype)
 
 
 @contextmanager

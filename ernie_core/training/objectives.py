@@ -307,8 +307,8 @@ def keyword_attention(
             if lengths is not None:
                 bias_BS[i, lengths[i] :] = -math.inf
         q, k, v = (x.transpose(1, 2) for x in (q_BSNK[:, :image_tokens], k_BSNK, v_BSNK))
-        bias = bias_BS[:, None, None].expand(-1, q.shape[1], image_tokens, -1)
-        image = F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2)
+        # Not expanded: a kernel that must pad the bias would otherwise write out the whole of it.
+        image = F.scaled_dot_product_attention(q, k, v, attn_mask=bias_BS[:, None, None]).transpose(1, 2)
         text = attention(q_BSNK[:, image_tokens:], k_BSNK, v_BSNK, lengths, backend="sdpa")
         return torch.cat([image, text], dim=1)
 

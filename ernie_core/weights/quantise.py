@@ -222,22 +222,25 @@ class _QuantisedProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(weight, scale)
-        return F.linear(x, _multiply_out(weight, scale, x.dtype), bias)
+        return F.linear(x, multiply_out(weight, scale, x.dtype), bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,), (weight, scale) = grads, ctx.saved_tensors
-        return grad @ _multiply_out(weight, scale, grad.dtype), None, None, None
+        return grad @ multiply_out(weight, scale, grad.dtype), None, None, None
 
 
-def _multiply_out(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    return (weight.float() * scale).to(dtype)
+@torch.no_grad()
+def multiply_out(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """An 8-bit weight times its fp32 scale, rounded once to `dtype`, without an fp32 copy of the matrix on the way."""
+    exact = weight if weight.dtype is torch.int8 else weight.to(dtype)  # every fp8 value is a bf16 value
+    return torch.mul(exact, scale, out=torch.empty(weight.shape, dtype=dtype, device=weight.device))
 
 
 class QuantisedLinear(nn.Module):
     """A frozen linear layer whose weight stays in 8 bits; activations and products are in the input's dtype.
 
-    `weight` [out, in] is fp8 or int8, `weight_scale` fp32, one number or one per row [out, 1].
+    `weight` [out, in] is fp8 or int8, `weight_scale` fp32, one for all [1, 1] or one per row [out, 1].
     """
 
     def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None = None):
@@ -252,12 +255,13 @@ class QuantisedLinear(nn.Module):
         self.weight_scale: Tensor
         self.bias: Tensor | None
         self.register_buffer("weight", weight)
-        self.register_buffer("weight_scale", scale.float().reshape(-1, 1) if scale.numel() > 1 else scale.float())
+        # Two axes always: a scale of none would not lift the product to fp32.
+        self.register_buffer("weight_scale", scale.float().reshape(-1, 1))
         self.register_buffer("bias", bias)
 
     def dequantised(self, dtype: torch.dtype) -> Tensor:
         """The weight multiplied out."""
-        return _multiply_out(self.weight, self.weight_scale, dtype)
+        return multiply_out(self.weight, self.weight_scale, dtype)
 
     def forward(self, input: Tensor) -> Tensor:  # named as nn.Linear names it
         return cast(Tensor, _QuantisedProduct.apply(input, self.weight, self.weight_scale, self.bias))

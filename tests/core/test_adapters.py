@@ -1,5 +1,7 @@
 """Adapters and views: what is active changes the model by exactly the merged weights, what is not leaves no trace."""
 
+import copy
+
 import pytest
 import torch
 from ernie_pack.ernie_core.config import DiTConfig
@@ -150,6 +152,19 @@ def test_parameter_names_are_those_of_a_lora_file(model):
     assert names[:2] == ["layers.0.self_attention.to_q.lora_A", "layers.0.self_attention.to_q.lora_B"]
     assert "layers.2.self_attention.to_out.0.lora_B" in names
     assert len(names) == 2 * 7 * 3
+
+
+def test_a_copy_stands_alone(adapter):
+    """As an averaged adapter is made."""
+    twin = copy.deepcopy(adapter)
+    assert list(twin.state_dict()) == list(adapter.state_dict())
+    with torch.no_grad():
+        for p in twin.parameters():
+            p.add_(1)
+    for path, factors in adapter.factors.items():
+        assert twin.factors[path] is twin.get_submodule(path)
+        for name, p in factors.named_parameters():
+            torch.testing.assert_close(twin.factors[path].get_parameter(name), p + 1)
 
 
 @pytest.mark.parametrize(("size", "factor", "expected"), [(4096, 8, (8, 512)), (12288, 16, (16, 768)), (7, 4, (1, 7))])

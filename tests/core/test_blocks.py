@@ -95,6 +95,21 @@ def test_streamed_is_resident_to_the_bit(setup):
             assert torch.equal(setup.velocity(run_block), base)
 
 
+def test_blocks_run_the_same_way_beside_the_hosts_patches(setup):
+    calls = []
+    run_block = run_blocks()
+
+    def counted(index, *inputs):
+        calls.append(index)
+        return run_block(index, *inputs)
+
+    with torch.no_grad(), setup.views.active("policy"):
+        options = {"run_block": counted, "text_lengths": (7, 4)}
+        found = setup.model(*setup.inputs, transformer_options={"patches": {}}, **options)
+    assert torch.equal(found, setup.velocity())
+    assert calls == [0, 1, 2]
+
+
 def test_the_gated_gelu_has_the_right_gradient():
     gate, up = (torch.randn(3, 7, dtype=torch.float64, requires_grad=True) for _ in range(2))
     assert torch.autograd.gradcheck(gated_gelu, (gate, up))
