@@ -59,18 +59,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _train(args: argparse.Namespace) -> int:
     from .training.job import create_job, read_job_file
+    from .training.recipe import parse_toml
     from .training.state import Job
     from .training.trainer import train
+    from .training.world import join_world
 
+    world = join_world(args.device)
     job = Job(args.job)
     if args.job.is_file():
-        recipe, data = read_job_file(args.job)
-        job = create_job(args.folder or JOBS_FOLDER / recipe.name, recipe, data, start_over=args.start_over)
-        print(data.report())
-    elif args.start_over:
-        job.start_over()
+        name = str(parse_toml(args.job.read_text(encoding="utf-8-sig"), args.job).get("name", "unnamed"))
+        job = Job(args.folder or JOBS_FOLDER / name)
+    if world.leads:  # the others wait: one process writes the job
+        if args.job.is_file():
+            recipe, data = read_job_file(args.job)
+            print(data.report())
+            create_job(job.folder, recipe, data, start_over=args.start_over)
+        elif args.start_over:
+            job.start_over()
+    world.barrier()
     path = train(job, until=args.until, device=args.device, on_event=_print_event)
-    print(f"LoRA: {path}")
+    if world.leads:
+        print(f"LoRA: {path}")
+    world.leave()
     return 0
 
 

@@ -28,6 +28,11 @@ class World:
         if self.size > 1:
             torch.distributed.barrier()
 
+    def leave(self) -> None:
+        """End the group; nothing can be summed afterwards."""
+        if self.size > 1:
+            torch.distributed.destroy_process_group()
+
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over all processes, in place."""
         if self.size > 1:
