@@ -23,7 +23,7 @@ import pytest
 import torch
 from comfyui_server import ComfyUI
 from ernie_pack.standalone import graph, host, load_node_classes
-from random_models import write_random_models
+from random_models import write_random_loras, write_random_models
 from safetensors.torch import load
 from small_runs import WORKFLOWS
 
@@ -70,6 +70,7 @@ def write_models(folder: Path) -> None:
     """The tiny model under the released file names, or random weights where the trained ones are not there."""
     if TINY.is_dir():
         importlib.import_module("ernie_pack.tiny.package").export_single_files(folder)
+        write_random_loras(folder)
     else:
         write_random_models(folder)
 

@@ -12,7 +12,9 @@ from ernie_pack.ernie_core.model.dit import DiT
 from ernie_pack.ernie_core.model.enhancer import Enhancer
 from ernie_pack.ernie_core.model.text_encoder import Tokenizer
 from ernie_pack.ernie_core.model.vae import VAE
-from ernie_pack.ernie_core.weights.checkpoint import Component, save_single_file
+from ernie_pack.ernie_core.weights.checkpoint import Component, read_header, save_single_file, write_safetensors
+from ernie_pack.ernie_core.weights.lora import weight_shapes
+from lora_dialects import random_lora
 
 RELEASED_FILES = {
     "transformer": "diffusion_models/ernie-image.safetensors",
@@ -20,6 +22,7 @@ RELEASED_FILES = {
     "enhancer": "text_encoders/ernie-image-prompt-enhancer.safetensors",
     "vae": "vae/flux2-vae.safetensors",
 }
+LORAS = ("my_style.safetensors", "my_subject.safetensors")
 TURBO_FILE = "diffusion_models/ernie-image-turbo.safetensors"
 
 DIT = DiTConfig(
@@ -33,8 +36,15 @@ DIT = DiTConfig(
 AUTOENCODER = VAEConfig(block_out_channels=(32, 32, 32, 32), layers_per_block=1)
 
 
+def write_random_loras(folder: Path) -> None:
+    """Write two small LoRAs, as workflows name them, for the transformer that lies in `folder` already."""
+    shapes, _ = read_header(folder / RELEASED_FILES["transformer"])
+    for i, name in enumerate(LORAS):
+        write_safetensors(random_lora(weight_shapes(shapes), size=0.05, seed=i), folder / "loras" / name)
+
+
 def write_random_models(folder: Path) -> Path:
-    """Write the five files under their released names into `folder`, laid out like ComfyUI's models folder."""
+    """Write the five files under their released names into `folder`, laid out like ComfyUI's models; and two LoRAs."""
     tekken = tiny_text.tekken_bytes()
     for kind, name in RELEASED_FILES.items():
         tokenizer = None
@@ -52,6 +62,7 @@ def write_random_models(folder: Path) -> Path:
     turbo = folder / TURBO_FILE
     turbo.unlink(missing_ok=True)
     os.link(folder / RELEASED_FILES["transformer"], turbo)
+    write_random_loras(folder)
     return folder
 
 
