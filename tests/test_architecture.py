@@ -34,6 +34,9 @@ LEVELS = [
     {"training.losses"},
     {"training.trainer", "training.job"},
     {"training.probe"},
+    {"scoring.scorer", "scoring.builtin", "scoring.metrics", "scoring.charts", "scoring.longtext", "scoring.geneval"},
+    {"scoring.ernie_aes", "scoring.clip_based", "scoring.tournament"},
+    {"scoring.judgments", "scoring.pairs"},
     {"cli"},
 ]
 
