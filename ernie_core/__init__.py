@@ -7,3 +7,5 @@ model's door), `velocity` (model output, noise - x0), `x0` (clean estimate), `cf
 Shape letters: `B` batch, `C` latent channels, `H, W` latent grid, `L` image tokens = H * W, `T` text tokens,
 `S` joint tokens = L + T, `D` width, `N` heads, `K` head dim, `F` feed-forward width.
 """
+
+VERSION = "0.1.0"  # of the pack; pyproject.toml has the same, a test holds it

@@ -136,6 +136,13 @@ def test_nothing_heavy_is_imported_before_a_node_runs():
     assert not offenders
 
 
+def test_the_version_is_said_once():
+    code = (CORE / "__init__.py").read_text(encoding="utf-8")
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    version = code.split('VERSION = "')[1].split('"')[0]
+    assert f'\nversion = "{version}"\n' in project
+
+
 def test_no_bare_except_and_no_print():
     offenders = []
     for folder in (CORE, NODES):

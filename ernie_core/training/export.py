@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from .. import VERSION
 from ..errors import ErnieError
 from ..weights.layouts import Shape
 from ..weights.lora import Lora, folded, read_lora, write_lora
@@ -95,7 +96,7 @@ def lora_metadata(
         "ernie.recipe": json.dumps(_without_paths(recipe), sort_keys=True),
         "ernie.recipe_hash": recipe.hash(),
         "ernie.averaged": str(averaged).lower(),
-        "ernie.software": json.dumps({"torch": torch.__version__, "name": SOFTWARE}),
+        "ernie.software": json.dumps({"name": SOFTWARE, "version": VERSION, "torch": torch.__version__}),
     }
     return {name: str(value) for name, value in values.items() if value != ""}
 

@@ -1,5 +1,6 @@
 """The trainer's laws: resuming changes nothing, neither do the number of processes, samples, or how a batch is cut."""
 
+import json
 import os
 import signal
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from ernie_pack.ernie_core import VERSION
 from ernie_pack.ernie_core.errors import ErnieError, Interrupted
 from ernie_pack.ernie_core.training import trainer as trainer_module
 from ernie_pack.ernie_core.training.adapters import AdapterConfig
@@ -326,6 +328,7 @@ def test_the_lora_says_what_it_is(models, tmp_path):
     assert metadata["ss_steps"] == "6"
     assert metadata["modelspec.architecture"] == "Ernie-Image/lora"
     assert metadata["ernie.recipe_hash"] == job.recipe().hash()
+    assert json.loads(metadata["ernie.software"])["version"] == VERSION
     assert str(models) not in str(metadata)  # nobody's disk is named
     assert all(k.startswith("diffusion_model.layers.") for k in keys)
     assert not any(k.endswith("alpha") for k in keys)
