@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -36,6 +37,9 @@ Velocity = Callable[[Tensor, Tensor, Sequence[Tensor], tuple[str, ...], Attentio
 ALARM_STEPS = 50
 """Steps in a row with the winner's error above the reference's before the alarm."""
 _SIGMA_BINS = 4
+# Without a gradient the fastest kernel may be another one, and then the reference would differ from the policy by
+# rounding before anything is learnt.
+_same_kernel = partial(attention, backend="sdpa")
 
 
 class Objective(Protocol):
@@ -125,14 +129,14 @@ class Dpo:
         texts = (*batch.texts, *batch.texts)
         x = mix_noise(x0, noise, sigmas[:, None, None, None])
 
-        predicted = velocity(x, sigmas, texts, ("policy",), attention)
+        predicted = velocity(x, sigmas, texts, ("policy",), _same_kernel)
         place = predicted.device
         target = (noise - x0).to(place)
         masks = None if batch.masks_BHW is None else batch.masks_BHW.repeat(2, 1, 1).to(place)
 
         def reference_errors() -> Tensor:
             with torch.no_grad():
-                return sft_loss(velocity(x, sigmas, texts, self.reference, attention), target, masks)
+                return sft_loss(velocity(x, sigmas, texts, self.reference, _same_kernel), target, masks)
 
         reference = self._recall([name for name, _, _ in draws], reference_errors).to(place)
         errors = sft_loss(predicted, target, masks)
