@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from ..ernie_core.pipeline import Pipeline
+from .evaluate import paint
 from .measure import Measured, matches, measure
 from .scenes import Scene, short_prompt, split
 from .vae import PICTURE_PX
@@ -84,21 +85,12 @@ def write_preference_pairs(
     return pairs
 
 
-def paint(pipeline: Pipeline, texts: Sequence[str], *, seeds: Sequence[int], steps: int = 20) -> list[np.ndarray]:
-    """One uint8 picture [128, 128, 3] per text at cfg 4."""
-    painted = pipeline.generate(texts, seeds=seeds, width=PICTURE_PX, height=PICTURE_PX, steps=steps)
-    return list(np.rint(painted.numpy() * 255).astype(np.uint8))
-
-
 def measure_preference(
-    pipeline: Pipeline, prompts: Sequence[tuple[Scene, str]], *, steps: int = 20, batch: int = 25
+    pipeline: Pipeline, prompts: Sequence[tuple[Scene, str]], *, steps: int = 20
 ) -> dict[str, float]:
     """Over open prompts, seed i for prompt i: shares with the property and followed, and the median diameter in px."""
-    shown: list[tuple[Scene, Measured]] = []
-    for start in range(0, len(prompts), batch):
-        part = prompts[start : start + batch]
-        pictures = paint(pipeline, [text for _, text in part], seeds=range(start, start + len(part)), steps=steps)
-        shown += [(scene, measure(picture)) for (scene, _), picture in zip(part, pictures, strict=True)]
+    pictures = paint(pipeline, [text for _, text in prompts], seeds=range(len(prompts)), steps=steps)
+    shown = [(scene, measure(picture)) for (scene, _), picture in zip(prompts, pictures, strict=True)]
     diameters = [measured.diameter for _, measured in shown if measured.diameter is not None]
     return {
         "property": float(np.mean([is_preferred(measured) for _, measured in shown])),
