@@ -220,9 +220,7 @@ def test_reduced_depth_leaves_blocks_out(kind, graph, latents, has_core_model):
     none = graph.add("ErnieReducedDepth", model=model, blocks=0)
     two = graph.add("ErnieReducedDepth", model=model, blocks=2)
     again = graph.add("ErnieReducedDepth", model=graph.model, blocks=2)
-    whole, same, less, ours = latents(
-        graph, *(graph.ksampler(model=m) for m in (model, none, two)), graph.ksampler(model=again)
-    )
+    whole, same, less, ours = latents(graph, *(graph.ernie_sampler(model=m) for m in (model, none, two, again)))
     assert torch.equal(whole, same)
     assert difference(whole, less) > 10 * SAME
     assert difference(less, ours) < SAME

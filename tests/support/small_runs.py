@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 from pathlib import Path
 
+from small_data import write_pairs, write_pictures
+
 ROOT = Path(__file__).resolve().parents[2]
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
 
@@ -30,7 +32,19 @@ def shrink(prompt: dict, *, side_px: int, steps: int) -> dict:
             inputs["steps"] = min(steps, inputs["steps"])
         if "max_new_tokens" in inputs:
             inputs["max_new_tokens"] = MAX_WORDS
+        if node["class_type"] in ("ErnieRecipe", "ErnieRecipeDPO"):
+            inputs |= {"rank": 2, "resolution": str(side_px), "precision": "fp32", "save_every": steps}
+            inputs |= {"sample_width": side_px, "sample_height": side_px, "sample_every": 0}
+            inputs["settings"] = f"[samples]\nbase_steps = {steps}"
+        if node["class_type"] == "ErnieTrain":
+            inputs["process"] = "this one"  # the worker's start alone takes longer than such a run
     return small
+
+
+def write_inputs(folder: Path) -> None:
+    """What people put into the input folder for our workflows, in miniature."""
+    write_pictures(folder / "ernie_train", count=3)
+    write_pairs(folder / "ernie_pairs", count=2)
 
 
 def saved_pictures(prompt: dict) -> int:
