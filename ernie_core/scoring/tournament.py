@@ -23,8 +23,8 @@ from .metrics import rank_normalise
 
 TIERS = 10
 PRIOR = 0.3
-"""Ridge of `bradley_terry`: strengths are drawn from a normal distribution of variance 1 / PRIOR. Meetings of equals make
-likelihood alone exaggerate: over 6 to 14 simulated Swiss rounds 0.1 stretched the strengths by 1.3 to 1.6 and its
+"""Ridge of `bradley_terry`: strengths are drawn from a normal distribution of variance 1 / PRIOR. Meetings of equals
+make likelihood alone exaggerate: over 6 to 14 simulated Swiss rounds 0.1 stretched the strengths by 1.3 to 1.6 and its
 95 % intervals held 78 to 87 %; 0.3 gave 0.96 to 1.1 and 92 to 95 %."""
 EXACT_INTERVALS = 1200
 """Up to this many pictures intervals come from the whole inverse; above, from random probes of it."""
