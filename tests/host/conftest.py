@@ -25,7 +25,7 @@ from comfyui_server import ComfyUI
 from ernie_pack.standalone import graph, host, load_node_classes
 from random_models import write_random_loras, write_random_models
 from safetensors.torch import load
-from small_runs import WORKFLOWS
+from small_runs import WORKFLOWS, write_inputs
 
 SUPPORTED = (0, 12)
 TINY = comfyui_server.PACK / "tiny" / "ernie-image-tiny"
@@ -52,6 +52,7 @@ def start_comfyui(comfyui_folder):
     def start(*extra_packs: Path):
         base = Path(tempfile.mkdtemp(prefix="comfyui-test."))
         write_models(base / "models")
+        write_inputs(base / "input")
         with comfyui_server.running_comfyui(comfyui_folder, base, extra_packs=extra_packs) as server:
             yield server
         shutil.rmtree(base, ignore_errors=True)

@@ -14,7 +14,6 @@ from ernie_pack.ernie_core.training.state import Job
 from ernie_pack.ernie_core.weights.checkpoint import read_header
 from host_graph import Graph, defaults, difference
 from safetensors.torch import load_file
-from small_runs import write_inputs
 
 pytestmark = pytest.mark.host
 
@@ -36,7 +35,6 @@ def has_core_model(comfyui_folder):
 def server(has_core_model, start_comfyui):
     """A ComfyUI with nodes that load core's classes, where it has them; hides the server of the other tests."""
     with start_comfyui(*([Path(core_loaders.__file__)] if has_core_model else [])) as server:
-        write_inputs(server.base / "input")
         yield server
 
 
