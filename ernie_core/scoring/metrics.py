@@ -261,6 +261,16 @@ def mean_interval(values: np.ndarray, *, samples: int = SAMPLES, level: float = 
     return _bootstrap(lambda v, _: float(v.mean()), values, values, samples=samples, level=level, seed=seed)
 
 
+def ratio_interval(
+    parts: Sequence[float], wholes: Sequence[float], *, samples: int = SAMPLES, level: float = LEVEL, seed: int = 0
+) -> Interval:
+    """sum(parts) / sum(wholes) with its BCa interval, from resamples of the pairs; no ends for a single pair."""
+    a, b = np.asarray(parts, float), np.asarray(wholes, float)
+    if len(a) == 1:
+        return Interval(value=float(a[0] / b[0]), low=math.nan, high=math.nan)
+    return _bootstrap(lambda p, w: float(p.sum() / w.sum()), a, b, samples=samples, level=level, seed=seed)
+
+
 def _bootstrap(
     statistic: _Statistic, x: np.ndarray, y: np.ndarray, *, samples: int, level: float, seed: int
 ) -> Interval:
