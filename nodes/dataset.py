@@ -450,7 +450,7 @@ def finish(dataset, other, balance: str, node_id: str | None) -> io.NodeOutput:
 def show(node_id: str | None, report: str) -> str:
     """`report`, its first lines also on the node."""
     lines = report.splitlines()
-    more = [f"... and {len(lines) - SHOWN_LINES} more lines in summary"] if len(lines) > SHOWN_LINES else []
+    more = [f"... and {len(lines) - SHOWN_LINES} more lines in the output"] if len(lines) > SHOWN_LINES else []
     host.show_text(node_id, "\n".join([*lines[:SHOWN_LINES], *more]))
     return report
 

@@ -15,7 +15,7 @@ from comfy_api.latest import io, ui
 
 from ..ernie_core.errors import ErnieError, Interrupted
 from . import host
-from .dataset import Dataset, Pairs, on_progress
+from .dataset import Dataset, Pairs, on_progress, show
 
 CATEGORY = "ERNIE/training"
 TrainingModels = io.Custom("ERNIE_TRAINING_MODELS")
@@ -603,8 +603,8 @@ class ErniePreflight(io.ComfyNode):
             host.unload_models()
         measure = (lambda size: probe(recipe, size)) if measured else None
         found = check(data, recipe, probe=measure, on_progress=on_progress())
-        host.show_text(cls.hidden.unique_id, found.text)
-        return io.NodeOutput(found.text, [to_image(picture) for picture in found.pictures.values()])
+        pictures = [to_image(picture) for picture in found.pictures.values()]
+        return io.NodeOutput(show(cls.hidden.unique_id, found.text), pictures)
 
 
 # --- running ---------------------------------------------------------------------------------------------------------
@@ -800,6 +800,7 @@ def train_here(job, tell) -> None:
     except Interrupted:
         host.throw_if_interrupted()
         raise
+    tell(status(job))
 
 
 def make_teller(job, node_id: str | None, *, stops_job: bool):
@@ -807,7 +808,7 @@ def make_teller(job, node_id: str | None, *, stops_job: bool):
     from ..ernie_core.training.job import format_seconds
 
     bar = host.progress(1)
-    shown = {"step": -1, "time": 0.0}
+    shown: dict = {"what": None, "time": 0.0}
 
     def tell(now) -> None:
         if host.is_interrupted():
@@ -815,9 +816,10 @@ def make_teller(job, node_id: str | None, *, stops_job: bool):
                 host.throw_if_interrupted()
             job.request_stop()  # again at each call: a process that is just starting forgets what came before
             return host.show_text(node_id, f"stopping after step {now.step}: the state is saved first")
-        picture = None
-        if now.step != shown["step"] and time.monotonic() - shown["time"] > PREVIEW_SECONDS:
-            shown.update(step=now.step, time=time.monotonic())
+        picture, what = None, (now.state, now.step)
+        is_due = now.state != "running" or time.monotonic() - shown["time"] > PREVIEW_SECONDS
+        if now.step and what != shown["what"] and is_due:
+            shown.update(what=what, time=time.monotonic())
             picture = ("JPEG", draw_progress(job), PREVIEW_PX)
         bar.update_absolute(now.step, now.steps, picture)
         loss = "" if now.loss is None else f", loss {now.loss:.4f}"

@@ -76,7 +76,7 @@ def test_the_node_shows_the_first_lines_only(monkeypatch, recording):
     monkeypatch.setattr(recording, "show_text", lambda node_id, text: shown.append(text), raising=False)
     report = "\n".join(map(str, range(100)))
     assert nodes.show("7", report) == report
-    assert shown[0].splitlines()[-1] == "... and 88 more lines in summary"
+    assert shown[0].splitlines()[-1] == "... and 88 more lines in the output"
     assert len(shown[0].splitlines()) == nodes.SHOWN_LINES + 1
 
 

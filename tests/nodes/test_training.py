@@ -7,6 +7,7 @@ import dataclasses
 import importlib
 import typing
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from ernie_pack.ernie_core.training.adapters import ADAPTER_ALGORITHMS
 from ernie_pack.ernie_core.training.blocks import skip_list
 from ernie_pack.ernie_core.training.job import status
 from ernie_pack.ernie_core.training.objectives import SIGMA_KINDS
+from ernie_pack.ernie_core.training.previews import curve_panels, draw_curves
 from ernie_pack.ernie_core.training.recipe import (
     ModelPaths,
     OptimiserName,
@@ -241,6 +243,29 @@ def test_a_lora_is_trained_published_and_handed_on(train, session):
     assert status(job).state == "finished"
     assert job.recipe().models.path("vae").is_absolute()
     assert "finished" in session.shown["7"]
+
+
+@pytest.mark.parametrize("process", ["this one", "worker"])
+def test_the_node_shows_progress_curves_and_samples(train, node, monkeypatch, process):
+    bars, texts = [], []
+
+    def update(value, total, preview=None):
+        bars.append((value, total, preview))
+
+    monkeypatch.setattr(nodes.host, "progress", lambda total: SimpleNamespace(update_absolute=update))
+    monkeypatch.setattr(nodes.host, "show_text", lambda node_id, text: texts.append((node_id, text)))
+    samples = {"sample_prompts": "a star", "sample_width": 64, "sample_height": 64}
+    recipe = node("ErnieRecipe", **SMALL | samples, settings="[samples]\nbase_steps = 2")[0]
+    bars.clear()
+    train(recipe, process=process)
+    assert bars[-1][:2] == (3, 3)
+    kind, picture, longest = [preview for _, _, preview in bars if preview is not None][-1]
+    assert (kind, longest) == ("JPEG", nodes.PREVIEW_PX)
+    curves = draw_curves(curve_panels(Job(host.jobs_folder() / "my_lora").events()))
+    assert picture.width == curves.shape[1]
+    assert picture.height > curves.shape[0], "no samples under the curves"
+    assert {node_id for node_id, _ in texts} == {"7"}
+    assert any("step 3 of 3, loss" in text for _, text in texts)
 
 
 def test_a_second_queue_does_not_train_again(train):
