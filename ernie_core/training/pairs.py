@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -160,6 +160,24 @@ def read_pairs(
     return _finish(path, drafts, found, options, on_progress)
 
 
+def check_pairs(
+    drafts: Sequence[Pair],
+    source: Path | str,
+    options: DatasetOptions | None = None,
+    *,
+    min_margin: float = 0.0,
+    max_pairs_per_prompt: int | None = None,
+    on_progress: OnProgress | None = None,
+) -> Pairs:
+    """Pairs that were put together elsewhere, their pictures decoded and measured as `read_pairs` does it.
+
+    `source` is what messages name; the rest is as in `read_pairs`. Raises ErnieError when no pair is usable.
+    """
+    found = Findings()
+    kept = _limit(list(drafts), found, min_margin, max_pairs_per_prompt)
+    return _finish(Path(source), kept, found, options or DatasetOptions(), on_progress)
+
+
 def _iter_folder(path: Path, found: Findings, options: DatasetOptions) -> Iterator[Pair]:
     roots: list[tuple[Path, Item]] = [(path, Item(image=path))]
     for sub in sorted(path.iterdir(), key=lambda p: p.name):
@@ -253,7 +271,7 @@ def _pairs_of_row(label: str, row: dict[str, Any], base: Path, found: Findings) 
     win, lose = (next((k for k in names if k in row), None) for names in (_CHOSEN, _REJECTED))
     group = next((k for k in _GROUP if isinstance(row.get(k), list)), None)
     used = {k for k in (win, lose, group) if k} | {"mask", "scores", "ranks", "rank", "margin", "repeats", "weight"}
-    used |= {"concept", "keywords"}
+    used |= {"concept", "keywords", "info"}  # info: seeds and settings of both pictures, for people
     captions, its_keys = captions_from_values({k: v for k, v in row.items() if k not in used})
     used |= its_keys
     mask = _file(base, row["mask"]) if row.get("mask") else None
