@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +23,8 @@ MISSING_CAPTIONS = ("error", "empty", "default")
 ALPHAS = (AS_SOURCE, "matte", "mask")
 BALANCES = ("as they are", "equal")
 SHOWN_LINES = 12  # on the node; the output has them all
+
+_folders: dict[Path, set[Path]] = {}  # of the pictures that a dataset file names
 
 
 def caption_inputs() -> list[io.Input]:
@@ -214,7 +216,7 @@ class ErnieDatasetFolder(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, path: str = "", mask_folder: str = "", **others) -> str:
         """Changes with the files."""
-        return fingerprint(find_path(path)) + (fingerprint(find_path(mask_folder)) if mask_folder else "")
+        return "".join(fingerprint(find_path(text)) for text in (path, mask_folder) if text.strip())
 
     @classmethod
     def execute(cls, path, format, repeats, loss_weight, balance, dataset=None, **options) -> io.NodeOutput:
@@ -222,6 +224,7 @@ class ErnieDatasetFolder(io.ComfyNode):
 
         source = existing(path)
         read = read_dataset(source, format, make_options(**options), on_progress=on_progress())
+        remember(source, read.items)
         return finish(weigh(read, source.stem, repeats, loss_weight), dataset, balance, cls.hidden.unique_id)
 
 
@@ -323,25 +326,27 @@ class ErniePairsFolder(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, path: str = "", **others) -> str:
         """Changes with the files."""
-        return fingerprint(find_path(path))
+        return fingerprint(find_path(path)) if path.strip() else ""
 
     @classmethod
     def execute(cls, path, min_margin, max_per_prompt, caption_dropout, **captions) -> io.NodeOutput:
         from ..ernie_core.training.pairs import read_pairs
 
+        source = existing(path)
         pairs = read_pairs(
-            existing(path),
+            source,
             make_options("", caption_dropout, **captions),
             min_margin=min_margin,
             max_pairs_per_prompt=max_per_prompt or None,
             on_progress=on_progress(),
         )
+        remember(source, (item for pair in pairs.pairs for item in (pair.chosen, pair.rejected)))
         return io.NodeOutput(pairs, show(cls.hidden.unique_id, pairs.report()))
 
 
 def find_path(path: str) -> Path:
     """Where `path` is: absolute, or in the host's input folder."""
-    return host.input_folder() / Path(path.strip()).expanduser()
+    return (host.input_folder() / Path(path.strip()).expanduser()).absolute()
 
 
 def existing(path: str) -> Path:
@@ -349,24 +354,33 @@ def existing(path: str) -> Path:
     found = find_path(path)
     if not path.strip() or not found.exists():
         raise ErnieError(
-            f"path must be a folder or file with training data, got {path!r}: there is no {found.absolute()}. "
+            f"path must be a folder or file with training data, got {path!r}: there is no {found}. "
             "Put the folder into ComfyUI's input folder and give its name, or give a whole path."
         )
-    return found.absolute()
+    return found
 
 
 def fingerprint(path: Path) -> str:
-    """A hash of names, sizes and times of the files that a dataset may be read from."""
-    digest = hashlib.sha256(str(path).encode())
-    digest.update("".join(sorted(iter_stamps(path if path.is_dir() else path.parent))).encode())
+    """A hash of names, sizes and times of the files that a dataset is read from.
+
+    A file of another trainer names folders anywhere: they are known once it was read.
+    """
+    files = path.rglob("*") if path.is_dir() else [path, *(f for d in _folders.get(path, ()) for f in d.glob("*"))]
+    digest = hashlib.sha256("".join(sorted(iter_stamps(files))).encode())
     return digest.hexdigest()
 
 
-def iter_stamps(folder: Path) -> Iterator[str]:
-    for file in folder.rglob("*"):
+def iter_stamps(files: Iterable[Path]) -> Iterator[str]:
+    for file in files:
         if file.is_file():
             state = file.stat()
-            yield f"{file.relative_to(folder)} {state.st_size} {state.st_mtime_ns}\n"
+            yield f"{file} {state.st_size} {state.st_mtime_ns}\n"
+
+
+def remember(path: Path, items: Iterable) -> None:
+    """Keep which folders the pictures of a dataset file lie in."""
+    if path.is_file():
+        _folders[path] = {item.image.parent for item in items}
 
 
 def make_options(

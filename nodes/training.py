@@ -722,7 +722,14 @@ def open_job(recipe, data, action: str):
             raise ErnieError(f"the job {recipe.name} is running: interrupt it before it is started over.")
         return job
     kept = job.exists() and is_done(job) and is_same(job, recipe, data)
-    return create_job(job.folder, recipe, data, start_over=action == "start over" and not kept)
+    start_over = action == "start over" and not kept
+    trained = job.newest_step() or 0
+    if trained > recipe.steps and not start_over:
+        raise ErnieError(
+            f"the job {recipe.name} has trained {trained} steps already, steps asks for {recipe.steps}. Raise steps, "
+            f"start it over, or take an earlier LoRA from {job.folder / 'checkpoints'}."
+        )
+    return create_job(job.folder, recipe, data, start_over=start_over)
 
 
 def is_same(job, recipe, data) -> bool:
@@ -760,6 +767,8 @@ def run_job(job, *, action: str, wait: bool, process: str, node_id: str | None) 
     tell = make_teller(job, node_id, stops_job=action != "attach")
     worker = None
     if action != "attach" and not job.is_running():
+        if process == "this one" and not wait:
+            raise ErnieError("process this one trains while the graph waits: switch wait on, or choose worker.")
         host.unload_models()
         if process == "this one":
             return train_here(job, tell)
@@ -943,7 +952,7 @@ def find_job(name: str):
     from ..ernie_core.training.state import Job
 
     job = Job(host.jobs_folder() / name)
-    if not name or not job.exists():
+    if not name or Path(name).name != name or not job.exists():
         there = sorted(path.parent.name for path in host.jobs_folder().glob("*/recipe.json"))
         raise ErnieError(f"there is no training job {name!r}; there are: {', '.join(there) or 'none'}.")
     return job

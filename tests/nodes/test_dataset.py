@@ -8,7 +8,7 @@ from ernie_pack.ernie_core.batch import read_image
 from ernie_pack.ernie_core.errors import ErnieError
 from ernie_pack.ernie_core.training import dataset as engine
 from ernie_pack.ernie_core.training.pictures import load_mask
-from small_data import write_pairs, write_pictures
+from small_data import draw, write_pairs, write_pictures
 
 nodes = importlib.import_module("ernie_pack.nodes.dataset")
 
@@ -138,6 +138,19 @@ def test_a_change_of_the_files_is_noticed(inputs, recording, change):
     assert cls.fingerprint_inputs() == cls.fingerprint_inputs(path="")
 
 
+def test_a_change_behind_a_dataset_file_is_noticed(read, inputs, recording):
+    cls = nodes.ErnieDatasetFolder
+    (inputs / "elsewhere").mkdir()
+    table = inputs / "elsewhere" / "data.jsonl"
+    table.write_text('{"file_name": "../cat/00.png", "text": "a cat"}\n')
+    dataset, _ = read("elsewhere/data.jsonl")
+    assert len(dataset) == 1
+    before = cls.fingerprint_inputs(path="elsewhere/data.jsonl")
+    assert cls.fingerprint_inputs(path="elsewhere/data.jsonl") == before
+    draw(7).save(inputs / "cat" / "00.png")
+    assert cls.fingerprint_inputs(path="elsewhere/data.jsonl") != before
+
+
 def test_pictures_of_the_graph_become_files_that_stay(run, tmp_path, inputs):
     images = torch.rand(2, 32, 48, 3, generator=torch.Generator().manual_seed(0))
     dataset, _ = run("ErnieDatasetImages", images=images, **IMAGES | {"captions": "a cat\n\na dog\n"}).result
@@ -171,7 +184,7 @@ def test_masks_of_the_graph_belong_to_their_pictures(run, inputs):
     masks[0, :16], masks[1, 16:] = 1, 1
     dataset, _ = run("ErnieDatasetImages", images=images, masks=masks, **IMAGES).result
     for item, mask in zip(dataset.items, masks, strict=True):
-        assert torch.equal(torch.from_numpy(load_mask(item.mask)).float() / 255, mask)
+        assert torch.equal(torch.from_numpy(load_mask(item.mask).copy()).float() / 255, mask)
 
 
 def test_pairs_are_read(run, inputs):

@@ -295,6 +295,20 @@ def test_other_settings_need_another_name_or_a_new_start(train, node):
     assert [e["step"] for e in job.events() if e["event"] == "step"] == [1, 2, 3]
 
 
+def test_fewer_steps_than_were_trained_are_refused(train, node):
+    train()
+    fewer = node("ErnieRecipe", **SMALL | {"steps": 2})[0]
+    with pytest.raises(ErnieError, match=r"has trained 3 steps already, steps asks for 2\. Raise steps, start it over"):
+        train(fewer)
+    job = Job(train(fewer, action="start over")[2])
+    assert status(job).step == 2
+
+
+def test_this_process_cannot_train_in_the_background(train):
+    with pytest.raises(ErnieError, match="switch wait on, or choose worker"):
+        train(wait=False)
+
+
 def test_other_data_needs_another_name_or_a_new_start(train, node, session):
     train()
     write_pictures(session.input / "pictures", count=4)
@@ -443,6 +457,20 @@ def test_an_interrupt_stops_the_worker_after_it_has_saved(train, node, session, 
     assert status(job).state == "stopped"
 
 
+def test_an_interrupt_before_the_worker_is_up_reaches_it(train, session, monkeypatch):
+    monkeypatch.setattr(nodes.host, "unload_models", lambda: setattr(session, "interrupted", True))
+    with pytest.raises(Interrupted):
+        train(process="worker")
+    job = Job(host.jobs_folder() / "my_lora")
+    assert not job.is_running()
+    assert status(job).state == "stopped"
+    assert status(job).step < 3
+    monkeypatch.undo()
+    session.interrupted = False
+    monkeypatch.setattr(host, "session", session)
+    assert status(Job(train()[2])).state == "finished"
+
+
 def test_a_worker_that_dies_is_an_error_with_its_log(train, node, session):
     recipe = node("ErnieRecipe", **SMALL)[0]
     models = dataclasses.replace(node("ErnieTrainingModels", **chosen_models())[0], transformer="/nowhere/model")
@@ -485,8 +513,9 @@ def test_a_report_of_no_job_names_those_that_are_there(train, node):
     with pytest.raises(ErnieError, match="there is no training job 'cat'; there are: none"):
         node("ErnieTrainingReport", name="cat")
     train()
-    with pytest.raises(ErnieError, match="there is no training job 'cat'; there are: my_lora"):
-        node("ErnieTrainingReport", name="cat")
+    for name in ("cat", "../ernie_jobs/my_lora", ""):
+        with pytest.raises(ErnieError, match=f"there is no training job '{name}'; there are: my_lora"):
+            node("ErnieTrainingReport", name=name)
 
 
 def test_reduced_depth_of_no_blocks_is_the_same_model(run, recording):
