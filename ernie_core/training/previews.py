@@ -143,7 +143,8 @@ def curve_panels(events: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, lis
 
     loss = line("loss")
     panels = {"loss": {"every step": loss, "average": smooth(loss)}}
-    bins = sorted({k for e in steps for k in e if k.startswith("loss_sigma_")})
+    bins = {k for e in steps for k in e if k.startswith("loss_sigma_")}
+    bins = sorted(bins, key=lambda name: float(name.split("_")[2]))
     if bins:
         panels["loss by noise level (average)"] = {b.removeprefix("loss_"): smooth(line(b)) for b in bins}
     if any("win_excess" in e for e in steps):

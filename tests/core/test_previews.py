@@ -41,6 +41,12 @@ def test_a_run_of_nothing_has_a_panel_that_says_so():
     assert draw_curves(curve_panels([])).shape[0] >= 260
 
 
+def test_noise_levels_are_listed_from_low_to_high():
+    step = {"event": "step", "step": 1, "loss": 1, "loss_sigma_0.5_0.75": 1, "loss_sigma_0_0.25": 2}
+    panels = curve_panels([step])
+    assert list(panels["loss by noise level (average)"]) == ["sigma_0_0.25", "sigma_0.5_0.75"]
+
+
 def test_preference_runs_show_the_winners_error():
     steps = [{"event": "step", "step": i, "loss": 1, "win_excess": -i, "lose_excess": i} for i in range(3)]
     panels = curve_panels(steps)
