@@ -466,8 +466,8 @@ class ErnieRecipeDPO(io.ComfyNode):
                     default=0,
                     min=0,
                     max=1024,
-                    tooltip="Noises per pair whose reference errors are computed once and kept, 0 to 1024: halves the "
-                    "time of a step. 0 (neutral) = new noise every time.",
+                    tooltip="Noises per pair whose reference errors are computed once and kept, 0 to 1024: saves "
+                    "two of the four forward passes of a step. 0 (neutral) = new noise every time.",
                     extra_dict=ADVANCED,
                 ),
                 *advanced_inputs(),
