@@ -35,8 +35,9 @@ LEVELS = [
     {"training.trainer", "training.job"},
     {"training.probe"},
     {"scoring.scorer", "scoring.builtin", "scoring.metrics", "scoring.charts", "scoring.longtext", "scoring.geneval"},
-    {"scoring.ernie_aes", "scoring.clip_based", "scoring.tournament"},
-    {"scoring.judgments", "scoring.pairs"},
+    {"scoring.network"},
+    {"scoring.ernie_aes", "scoring.clip_based", "scoring.blip_based", "scoring.tournament"},
+    {"scoring.judgments", "scoring.pairs", "scoring.loading", "scoring.benchmark"},
     {"cli"},
 ]
 

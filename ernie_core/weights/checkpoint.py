@@ -262,6 +262,24 @@ def _find_place(path: Path, kind: Kind) -> _Place:
     return _Place(files=_open_folder(path), folder=path)
 
 
+def read_tensors(path: Path | str) -> dict[str, Tensor]:
+    """Every tensor of a safetensors file, of a folder, or of all shards that a file belongs to; memory-mapped.
+
+    Raises:
+        CheckpointError: not there, damaged, or shards are missing.
+    """
+    path = Path(path)
+    if path.name.endswith(".safetensors.index.json"):
+        files = _open_shards(path)
+    elif path.is_dir() or (path.parent / f"{path.stem.split('-0')[0]}.safetensors.index.json").is_file():
+        files = _open_folder(path if path.is_dir() else path.parent)
+    elif path.exists():
+        files = [_open_file(path)]
+    else:
+        raise CheckpointError(f"{path} does not exist; choose a file or folder that does.")
+    return _read_tensors(files, {key for file in files for key in file.shapes})
+
+
 def check_present(path: Path | str, kind: Kind) -> None:
     """Raise CheckpointError unless every weight file of `kind` is there and whole by its header."""
     _find_place(Path(path), kind)
