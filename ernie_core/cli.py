@@ -6,6 +6,7 @@ stop      ask a running job to save and end
 report    numbers, loss curves and samples of a job, as files
 preflight what the data looks like and what the run will cost, before it starts
 lora      inspect, convert, resize, extract, merge LoRA files
+benchmark scorers against people (aesthetic); LongText-Bench and GenEval from OCR text and detections
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     preflight.add_argument("--no-probe", action="store_true", help="do not load the model to measure steps")
     preflight.add_argument("--device")
     _add_lora_commands(commands)
+    _add_benchmark_commands(commands)
     args = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     try:
@@ -200,7 +202,90 @@ def _lora(args: argparse.Namespace) -> int:
     return 0
 
 
+# --- benchmarks ---------------------------------------------------------------------------------------------
+
+
+def _add_benchmark_commands(commands: Any) -> None:
+    kinds = commands.add_parser("benchmark", help="compare with people and with published numbers")
+    kinds = kinds.add_subparsers(dest="kind", required=True)
+    aesthetic = kinds.add_parser("aesthetic", help="scorers against human scores: SRCC, PLCC, KRCC, bias")
+    aesthetic.add_argument("ratings", type=Path, help="folder, .json, .jsonl or .csv with images and human scores")
+    aesthetic.add_argument(
+        "--scorer",
+        action="append",
+        required=True,
+        help="a weight file or folder, or one of the built-in: 'built-in combined'; may be given several times",
+    )
+    aesthetic.add_argument("--images", type=Path, help="where the image names start (default: beside the table)")
+    aesthetic.add_argument("--score-column", default="", help="column with the human score (default: the known ones)")
+    aesthetic.add_argument("--batch", type=int, default=8)
+    aesthetic.add_argument("--device", help="cpu, cuda, ... (default: cuda where there is one)")
+    for name, what in (("longtext", "text that an OCR read in pictures"), ("geneval", "objects that were detected")):
+        kind = kinds.add_parser(name, help=what)
+        kind.add_argument("prompts", type=Path, help="the benchmark's own prompts file (.jsonl)")
+        kind.add_argument("--without-enhancer", type=Path, help="results of the prompts as they are")
+        kind.add_argument("--with-enhancer", type=Path, help="results of the enhanced prompts")
+        kind.add_argument("--model", default="ERNIE-Image", help="whose published columns stand beside")
+        if name == "longtext":
+            kind.add_argument("--language", default="en", help="en or zh")
+    for kind in kinds.choices.values():
+        kind.add_argument("--out", type=Path, required=True, help="folder for the report")
+        kind.add_argument("--samples", type=int, default=1000, help="bootstrap resamples")
+        kind.add_argument("--seed", type=int, default=0)
+
+
+def _benchmark(args: argparse.Namespace) -> int:
+    from .scoring import benchmark as bench
+
+    if args.kind == "aesthetic":
+        ratings = bench.read_ratings(args.ratings, image_folder=args.images, score_column=args.score_column)
+        found = bench.run_benchmark(
+            [_open_scorer(name, args.device) for name in args.scorer],
+            ratings,
+            batch_size=args.batch,
+            samples=args.samples,
+            seed=args.seed,
+            cache_folder=args.out / "cache",
+            on_progress=lambda done, total, name: print(f"{name}: {done} of {total}", flush=True),
+        )
+        bench.write_benchmark(found, args.out)
+        print(found.to_markdown())
+        return 0
+    given = {"without enhancer": args.without_enhancer, "with enhancer": args.with_enhancer}
+    files = {column: file for column, file in given.items() if file is not None}
+    settings = {"model": args.model, "samples": args.samples, "seed": args.seed}
+    if args.kind == "geneval":
+        report = bench.benchmark_geneval(args.prompts, files, **settings)
+    else:
+        report = bench.benchmark_longtext(args.prompts, files, language=args.language, **settings)
+    bench.write_prompt_report(report, args.out)
+    print(report.text)
+    return 0
+
+
+def _open_scorer(name: str, device: str | None) -> Any:
+    import torch
+
+    from .scoring.loading import find_builtin, list_builtin, load_scorer
+
+    builtin = find_builtin(name)
+    if builtin is not None:
+        return builtin
+    if not Path(name).exists():
+        raise ErnieError(
+            f"no scorer {name!r}: expected a weight file or folder, or one of {', '.join(list_builtin())}."
+        )
+    target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+    def place(network: torch.nn.Module):
+        network.to(target)
+        return lambda: target
+
+    return load_scorer(Path(name), place=place)
+
+
 _COMMANDS = {
+    "benchmark": _benchmark,
     "train": _train,
     "status": _status,
     "stop": _stop,

@@ -815,6 +815,20 @@ def report_longtext(columns: Mapping[str, longtext.LongText], model: str) -> Pro
     return _prompt_report(title, header, rows, numbers, {c: t.problems for c, t in columns.items()})
 
 
+def write_prompt_report(report: PromptReport, folder: Path | str) -> list[Path]:
+    """Write report.md, report.json and table.png; returns their paths."""
+    from PIL import Image
+
+    data = io.BytesIO()
+    Image.fromarray(report.picture).save(data, "PNG")
+    folder = Path(folder)
+    numbers = json.dumps(report.numbers, ensure_ascii=False, indent=1) + "\n"
+    files = {"report.md": report.text.encode(), "report.json": numbers.encode(), "table.png": data.getvalue()}
+    for name, content in files.items():
+        write_whole(folder / name, content)
+    return [folder / name for name in files]
+
+
 def _check_columns(files: Mapping[str, Path | str], model: str, published: Mapping[str, Any]) -> None:
     if model not in published:
         raise ErnieError(f"model must be one of {', '.join(published)}, got {model!r}.")

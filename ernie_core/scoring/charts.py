@@ -119,6 +119,11 @@ def draw_scatter(
     if not len(everything):
         return chart.empty()
     (x0, y0), (x1, y1) = everything.min(0), everything.max(0)
+    ends = []
+    if line and x1 > x0:
+        slope, start = np.polyfit(everything[:, 0], everything[:, 1], 1)
+        ends = [(x, slope * x + start) for x in (x0, x1)]
+        y0, y1 = min(y0, *(y for _, y in ends)), max(y1, *(y for _, y in ends))
     chart.axes(*_with_margin(x0, x1), *_with_margin(y0, y1), x_label=x_label, y_label=y_label)
     dot = 3 if len(everything) < 400 else 2
     shade = Image.new("RGBA", (width, height), (0, 0, 0, 0))
@@ -128,9 +133,8 @@ def draw_scatter(
             x, y = chart.at(*point)
             pen.ellipse((x - dot, y - dot, x + dot, y + dot), fill=(*_colour(i), 190))
     chart.picture.paste(shade, (0, 0), shade)
-    if line and x1 > x0:
-        slope, start = np.polyfit(everything[:, 0], everything[:, 1], 1)
-        chart.pen.line([chart.at(x, slope * x + start) for x in (x0, x1)], fill=_INK, width=2)
+    if ends:
+        chart.pen.line([chart.at(*end) for end in ends], fill=_INK, width=2)
     chart.legend(list(kept))
     return chart.pixels()
 

@@ -7,6 +7,7 @@ import shutil
 
 import numpy as np
 import pytest
+from ernie_pack.ernie_core.cli import main
 from ernie_pack.ernie_core.errors import ErnieError
 from ernie_pack.ernie_core.scoring.benchmark import (
     PUBLISHED,
@@ -507,3 +508,52 @@ def test_columns_that_cannot_be_are_errors(tmp_path, change, text):
     columns = {c: files[f] for c, f in change.get("columns", {"without enhancer": 1}).items()}
     with pytest.raises(ErnieError, match=text):
         benchmark_geneval(prompts, columns, model=change.get("model", "ERNIE-Image"))
+
+
+# --- the command line ------------------------------------------------------------------------------------------
+
+
+def test_the_command_line_compares_scorers_and_goes_on_from_kept_scores(rated, tmp_path, capsys):
+    folder, rows = rated
+    write_rows(folder / "gt.json", rows)
+    arguments = ["benchmark", "aesthetic", str(folder), "--out", str(tmp_path / "out"), "--samples", "30"]
+    arguments += ["--scorer", "built-in sharpness", "--scorer", "built-in contrast", "--batch", "10"]
+    assert main(arguments) == 0
+    first = capsys.readouterr().out
+    assert "built-in contrast: 10 of 24" in first
+    assert "| built-in sharpness |" in first
+    report = json.loads((tmp_path / "out/report.json").read_text("utf-8"))
+    assert [m["scorer"] for m in report["measured"]] == ["built-in sharpness", "built-in contrast"]
+    assert main(arguments) == 0
+    assert "built-in contrast: 10 of 24" not in capsys.readouterr().out
+
+
+def test_the_command_line_reports_both_columns(tmp_path, capsys):
+    prompts, first = geneval_files(tmp_path, right=2)
+    _, second = geneval_files(tmp_path, right=5)
+    arguments = ["benchmark", "geneval", str(prompts), "--without-enhancer", str(first), "--with-enhancer", str(second)]
+    assert main([*arguments, "--out", str(tmp_path / "out"), "--model", "ERNIE-Image-Turbo", "--samples", "20"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.strip() == (tmp_path / "out/report.md").read_text("utf-8").strip()
+    numbers = json.loads((tmp_path / "out/report.json").read_text("utf-8"))
+    assert [round(c["overall"]["value"], 4) for c in numbers.values()] == [0.3333, 0.8333]
+    assert "| 0.8667 | 0.8510 |" in printed
+    assert Image.open(tmp_path / "out/table.png").width > 400
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["aesthetic", "none.json", "--scorer", "built-in sharpness"], "none.json is no such file"),
+        (["aesthetic", ".", "--scorer", "built-in beauty"], "one of built-in combined"),
+        (["longtext", "none.jsonl"], "got none"),
+        (["longtext", "none.jsonl", "--with-enhancer", "lost.jsonl"], "there is no file"),
+    ],
+    ids=str,
+)
+def test_the_command_line_refuses_with_a_reason(tmp_path, arguments, text, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "set.json", draw_rated(tmp_path, 2, size=16))
+    assert main(["benchmark", *arguments, "--out", "out"]) == 1
+    assert text in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
