@@ -1,7 +1,7 @@
 """A preference for DPO to learn: of two pictures that ernie-image-tiny painted for one prompt, the smaller object.
 
-The prompts name no size. Training always named it, and without the word the base paints objects around
-`SMALLER_THAN`: about half of its pictures have the property. Nothing else in a pair decides who wins: both show the
+The prompts name no size. Training always named it; without the word the base paints objects of about 55 px, and half of
+them are smaller than usual (`USUAL_PX`): that is the property. Nothing else in a pair decides who wins: both show the
 colour, the shape, the place and the background that the prompt asks for.
 """
 
@@ -22,17 +22,18 @@ from .vae import PICTURE_PX
 
 logger = logging.getLogger(__name__)
 
-SMALLER_THAN = 53.5 / 128
-"""The property: an object of less than this diameter, a fraction of the picture's side. The base's median."""
+USUAL_PX = {"circle": 56.5, "square": 50, "triangle": 52.5, "star": 51, "ring": 56, "cross": 59.5}
+"""The longer side, in px of 128, that about half of the base's objects stay below where no size is named: its medians
+over 300 open prompts of scenes that training showed, by shape."""
 MIN_GAP = 3 / 128
 """Winner and loser of a pair differ by at least this much."""
 NAMED = ("shape", "color", "place", "background")
 """What the prompts name, and both pictures of a pair show."""
 
 
-def is_preferred(measured: Measured) -> bool:
+def is_preferred(scene: Scene, measured: Measured) -> bool:
     """Whether the picture has the property; one without an object has not."""
-    return measured.diameter is not None and measured.diameter < SMALLER_THAN
+    return measured.diameter is not None and measured.diameter * PICTURE_PX < USUAL_PX[scene.shape]
 
 
 def open_prompts(count: int, *, heldout: bool, seed: int = 0) -> list[tuple[Scene, str]]:
@@ -57,12 +58,12 @@ def follows(scene: Scene, measured: Measured) -> bool:
 
 
 def write_preference_pairs(
-    folder: Path, pipeline: Pipeline, *, count: int = 200, seed: int = 0, tries: int = 8, steps: int = 20
+    folder: Path, pipeline: Pipeline, *, count: int = 200, seed: int = 0, tries: int = 6, steps: int = 12
 ) -> list[tuple[Measured, Measured]]:
     """Paint and write chosen/000.png, chosen/000.txt (the prompt), rejected/000.png, ...; returns what they show.
 
     Each prompt is painted with `tries` seeds; its smallest and its largest right picture become a pair when one is
-    below `SMALLER_THAN` and the other not, and they are `MIN_GAP` apart. At most one pair per prompt.
+    has the property and the other has not, and they are `MIN_GAP` apart. At most one pair per prompt.
     """
     for side in ("chosen", "rejected"):
         (folder / side).mkdir(parents=True, exist_ok=True)
@@ -73,7 +74,7 @@ def write_preference_pairs(
         pictures = paint(pipeline, [text] * tries, seeds=range(number * tries, (number + 1) * tries), steps=steps)
         found = [(shown, picture) for picture in pictures if follows(scene, shown := measure(picture))]
         found.sort(key=lambda pair: pair[0].diameter or 0)
-        if not found or not is_preferred(found[0][0]) or is_preferred(found[-1][0]):
+        if not found or not is_preferred(scene, found[0][0]) or is_preferred(scene, found[-1][0]):
             continue
         if (found[-1][0].diameter or 0) - (found[0][0].diameter or 0) < MIN_GAP:
             continue
@@ -93,7 +94,7 @@ def measure_preference(
     shown = [(scene, measure(picture)) for (scene, _), picture in zip(prompts, pictures, strict=True)]
     diameters = [measured.diameter for _, measured in shown if measured.diameter is not None]
     return {
-        "property": float(np.mean([is_preferred(measured) for _, measured in shown])),
+        "property": float(np.mean([is_preferred(scene, measured) for scene, measured in shown])),
         "followed": float(np.mean([follows(scene, measured) for scene, measured in shown])),
         "diameter_px": float(np.median(diameters) * PICTURE_PX) if diameters else float("nan"),
         "prompts": float(len(shown)),

@@ -10,7 +10,7 @@ import pytest
 from ernie_pack.tiny import scenes as s
 from ernie_pack.tiny.measure import matches, measure
 from ernie_pack.tiny.novel import SHAPES_AND_NOVEL, concept_prompts, concept_scenes, write_concept_dataset
-from ernie_pack.tiny.preference import NAMED, SMALLER_THAN, follows, is_preferred, open_prompts
+from ernie_pack.tiny.preference import NAMED, USUAL_PX, follows, is_preferred, open_prompts
 from ernie_pack.tiny.tokenizer import build_tokenizer
 from PIL import Image, ImageFilter
 
@@ -105,10 +105,11 @@ def test_the_property_is_the_drawn_diameter():
         if scene.shape in ("circle", "ring"):  # thin points of the others end below half coverage
             nominal = s.SIZES[scene.size]
             assert abs(measured.diameter - nominal) < s.JITTER_SIZE * nominal + 2 / 128, scene
-        assert is_preferred(measured) == (measured.diameter < SMALLER_THAN)
+        assert is_preferred(scene, measured) == (128 * measured.diameter < USUAL_PX[scene.shape])
+        assert is_preferred(scene, measured) == (scene.size == "small") or scene.size == "large"
         assert follows(scene, measured)
         assert not follows(replace(scene, place="top" if scene.place != "top" else "left"), measured)
     nothing = measure(np.full((128, 128, 3), 200, np.uint8))
-    assert not is_preferred(nothing)
+    assert not is_preferred(ALL[0], nothing)
     assert nothing.diameter is None
     assert set(NAMED) < set(s.FACTS)
