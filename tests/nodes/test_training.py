@@ -245,7 +245,7 @@ def test_a_lora_is_trained_published_and_handed_on(train, session):
     assert "finished" in session.shown["7"]
 
 
-@pytest.mark.parametrize("process", ["this one", "worker"])
+@pytest.mark.parametrize("process", ["this one", pytest.param("worker", marks=pytest.mark.slow)])
 def test_the_node_shows_progress_curves_and_samples(train, node, monkeypatch, process):
     bars, texts = [], []
 
@@ -411,6 +411,7 @@ def test_a_deleted_lora_is_noticed(train, classes, session):
 # --- the worker process ---
 
 
+@pytest.mark.slow
 def test_the_worker_trains_as_this_process_does(train, node):
     here = train(node("ErnieRecipe", **SMALL | {"name": "here"})[0])
     there = train(node("ErnieRecipe", **SMALL | {"name": "there"})[0], process="worker")
@@ -419,6 +420,7 @@ def test_the_worker_trains_as_this_process_does(train, node):
     assert all(torch.allclose(a.float(), b.float(), atol=1e-6) for a, b in tensors)
 
 
+@pytest.mark.slow
 def test_without_waiting_the_graph_goes_on_and_attach_waits(train, node, session):
     recipe = node("ErnieRecipe", **SMALL | {"steps": 40})[0]
     with pytest.raises(ErnieError, match="attach: the job my_lora is not running; choose start or resume"):
@@ -439,6 +441,7 @@ def test_without_waiting_the_graph_goes_on_and_attach_waits(train, node, session
     assert kinds_of(job).count("finished") == 1
 
 
+@pytest.mark.slow
 def test_an_interrupt_stops_the_worker_after_it_has_saved(train, node, session, monkeypatch):
     recipe = node("ErnieRecipe", **SMALL | {"steps": 5000})[0]
     real = nodes.host.is_interrupted
@@ -457,6 +460,7 @@ def test_an_interrupt_stops_the_worker_after_it_has_saved(train, node, session, 
     assert status(job).state == "stopped"
 
 
+@pytest.mark.slow
 def test_an_interrupt_before_the_worker_is_up_reaches_it(train, session, monkeypatch):
     monkeypatch.setattr(nodes.host, "unload_models", lambda: setattr(session, "interrupted", True))
     with pytest.raises(Interrupted):
@@ -471,6 +475,7 @@ def test_an_interrupt_before_the_worker_is_up_reaches_it(train, session, monkeyp
     assert status(Job(train()[2])).state == "finished"
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_is_an_error_with_its_log(train, node, session):
     recipe = node("ErnieRecipe", **SMALL)[0]
     models = dataclasses.replace(node("ErnieTrainingModels", **chosen_models())[0], transformer="/nowhere/model")
