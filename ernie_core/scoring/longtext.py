@@ -237,7 +237,10 @@ def read_ocr(path: Path | str, prompts: Sequence[TextPrompt]) -> tuple[list[tupl
     if path.is_dir():
         rows: Iterable[tuple[str, Any]] = ((f.name, {"image": f.stem, "ocr": read_text(f)}) for f in _texts(path))
     else:
-        rows = read_table(path)
+        rows = list(read_table(path))
+        if path.suffix.lower() == ".csv":  # an empty cell is no key there: the OCR saw nothing
+            used = {key for _, row in rows if isinstance(row, dict) for key in row if key in _TEXT_KEYS}
+            rows = [(label, dict.fromkeys(used) | row if isinstance(row, dict) else row) for label, row in rows]
     for label, row in rows:
         try:
             if isinstance(row, ErnieError):
@@ -259,9 +262,8 @@ def _texts(folder: Path) -> list[Path]:
 
 def _reading(row: Mapping[str, Any], ids: Mapping[str, int], label: str) -> tuple[str, int, str]:
     image = next((str(row[k]) for k in _IMAGE_KEYS if row.get(k)), "")
-    # an empty cell of a CSV is no key at all: the OCR saw nothing
     text = next((row[k] for k in _TEXT_KEYS if row.get(k) is not None), None)
-    if text is None and not image and "prompt_id" not in row:
+    if text is None and not row.keys() & set(_TEXT_KEYS):
         raise ErnieError(f"has none of the columns {', '.join(_TEXT_KEYS)}")
     text = " ".join(map(str, text)) if isinstance(text, list) else str(text or "")
     if row.get("prompt_id") is not None:

@@ -147,6 +147,15 @@ def test_ocr_text_is_read_in_each_shape(tmp_path, kind):
     assert score_longtext(PROMPTS, readings, "en").score.value == pytest.approx(3 / 7)
 
 
+def test_a_table_without_ocr_text_is_not_read_as_pictures_without_text(tmp_path):
+    rows = [{"prompt": "p0", "text": ["one"], "prompt_id": 0}]
+    with pytest.raises(ErnieError, match="it has none of the columns ocr_results"):
+        read_ocr(write_lines(tmp_path / "prompts.jsonl", rows), PROMPTS)
+    (tmp_path / "a.csv").write_text("image,prompt_id\n0.png,0\n")
+    with pytest.raises(ErnieError, match="it has none of the columns ocr_results"):
+        read_ocr(tmp_path / "a.csv", PROMPTS)
+
+
 def test_rows_that_cannot_be_used_are_listed_and_a_file_of_them_is_an_error(tmp_path):
     rows = [
         {"prompt_id": 0, "ocr": "one"},
