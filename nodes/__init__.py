@@ -28,6 +28,7 @@ class ErnieExtension(ComfyExtension):
         from .lora import ErnieConvertLora, ErnieExtractLora, ErnieLoadLora, ErnieMergeLora, ErnieResizeLora
         from .sampling import ErnieEmptyLatent, ErnieSampler, ErnieSigmas
         from .text import ErnieEncodePrompt, ErnieEnhancePrompt
+        from .tournament import ErniePairsFromScores, ErnieTournament
         from .training import (
             ErniePreflight,
             ErnieRecipe,
@@ -65,6 +66,8 @@ class ErnieExtension(ComfyExtension):
             ErnieTrain,
             ErnieTrainingReport,
             ErnieReducedDepth,
+            ErnieTournament,
+            ErniePairsFromScores,
         ]
 
 
@@ -87,4 +90,7 @@ def make_extension() -> ComfyExtension:
             found,
         )
         return NoNodes()
+    from .tournament import serve_routes
+
+    serve_routes()
     return ErnieExtension()

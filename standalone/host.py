@@ -140,6 +140,20 @@ def input_folder() -> Path:
     return session.input
 
 
+def user_folder() -> Path:
+    """Where people's judgments are kept."""
+    return output_folder() / "user"
+
+
+def picture_folders() -> list[Path]:
+    """Folders whose pictures a tournament may use."""
+    return [input_folder(), output_folder()]
+
+
+def serve(routes: Mapping[str, Any], statuses: Mapping[type[Exception], int]) -> None:
+    """Do nothing: there is no server here."""
+
+
 def jobs_folder() -> Path:
     """Where training jobs are kept."""
     return output_folder() / "ernie_jobs"

@@ -667,6 +667,13 @@ def picture_path(store: sqlite3.Connection, id_: int, number: int) -> Path:
     return Path(row["path"])
 
 
+def picture_numbers(store: sqlite3.Connection, id_: int, paths: Sequence[str]) -> dict[str, int]:
+    """Path -> number of a tournament's pictures."""
+    marks = ",".join("?" * len(paths))
+    query = f"SELECT path, min(number) FROM pictures WHERE tournament=? AND path IN ({marks}) GROUP BY path"
+    return dict(store.execute(query, (id_, *paths)).fetchall())
+
+
 def fingerprint(store: sqlite3.Connection, name: str) -> str:
     """Changes with every answer, undo and new annotator of a name."""
     row = store.execute(

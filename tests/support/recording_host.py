@@ -33,6 +33,15 @@ class RecordingHost:
     def input_folder(self):
         return self.folder / "input"
 
+    def user_folder(self):
+        return self.folder / "user"
+
+    def picture_folders(self):
+        return [self.input_folder(), self.output_folder()]
+
+    def serve(self, routes, statuses):
+        self._note("serve", *routes)
+
     def jobs_folder(self):
         return self.output_folder() / "ernie_jobs"
 
