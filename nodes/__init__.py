@@ -17,6 +17,7 @@ MINIMUM_HOST = (0, 12)
 class ErnieExtension(ComfyExtension):
     async def get_node_list(self) -> list[type]:
         from .batch import ErnieBatchFromPrompts
+        from .benchmark import ErnieAestheticBenchmark, ErniePromptBenchmark
         from .dataset import ErnieDatasetFolder, ErnieDatasetImages, ErniePairsFolder
         from .loading import (
             ErnieLoadDiffusionModel,
@@ -68,6 +69,8 @@ class ErnieExtension(ComfyExtension):
             ErnieReducedDepth,
             ErnieTournament,
             ErniePairsFromScores,
+            ErnieAestheticBenchmark,
+            ErniePromptBenchmark,
         ]
 
 
