@@ -80,7 +80,9 @@ _COLUMNS: dict[str, Callable[[Any], Any]] = {
 }
 
 
-def read_rows(source: str, defaults: Row, *, folder: Path | None = None) -> tuple[list[Row], list[Problem]]:
+def read_rows(
+    source: str, defaults: Row, *, folder: Path | None = None, count_seeds: bool = True
+) -> tuple[list[Row], list[Problem]]:
     """Rows of a prompt list, and what could not be read.
 
     Args:
@@ -88,6 +90,7 @@ def read_rows(source: str, defaults: Row, *, folder: Path | None = None) -> tupl
             file (one object per line); or a folder of such files. A relative path is looked up in `folder`.
         defaults: values for what a row leaves out; a row without a seed gets the default seed + its place in the list.
         folder: where relative paths start.
+        count_seeds: False = a row without a seed gets the default seed itself.
 
     Raises:
         ErnieError: the file or folder is missing or of another kind, or not one row is usable (names the first five).
@@ -97,7 +100,7 @@ def read_rows(source: str, defaults: Row, *, folder: Path | None = None) -> tupl
     problems: list[Problem] = []
     for label, values in _iter_values(source, path, problems):
         try:
-            rows.append(_make_row(label, values, defaults, len(rows) + len(problems)))
+            rows.append(_make_row(label, values, defaults, len(rows) + len(problems) if count_seeds else 0))
         except ErnieError as e:
             problems.append(Problem(label=label, reason=str(e)))
     if not rows:

@@ -38,6 +38,7 @@ LEVELS = [
     {"scoring.network"},
     {"scoring.ernie_aes", "scoring.clip_based", "scoring.blip_based", "scoring.tournament"},
     {"scoring.judgments", "scoring.pairs", "scoring.loading", "scoring.benchmark"},
+    {"scoring.files", "scoring.best_of", "scoring.report"},
     {"cli"},
 ]
 

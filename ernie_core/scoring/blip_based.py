@@ -180,6 +180,8 @@ class ImageReward:
     higher_is_better = True
     reads_prompt = True
 
+    key: str = ""
+
     def __init__(self, network: Any, tokenizer: Any, *, place: Place = stay):
         """`network`: of `build_network`; `place`: the host's memory manager."""
         self.network = network

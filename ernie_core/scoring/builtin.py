@@ -48,6 +48,7 @@ WEIGHTS: dict[Measure, float] = {
     "contrast": 0.15,
     "colourfulness": 0.1,
 }
+RULES = 1  # raise it when a change here gives other numbers
 FLOOR = 2.0  # of 100, in the geometric mean: one measure at 0 does not hide the others
 NOISE_SIGMAS = 4.5
 MAX_SIDE = 2048  # longer pictures are measured at this size
@@ -74,6 +75,10 @@ class BuiltinScorer:
     @property
     def name(self) -> str:
         return f"built-in {self.measure}"
+
+    @property
+    def key(self) -> str:
+        return f"{self.name}:{RULES}"
 
     def score(
         self,

@@ -328,6 +328,8 @@ class ClipScorer:
     higher_is_better = True
     reads_prompt = True
 
+    key: str = ""
+
     def __init__(self, network: Any, tokenizer: Any, kind: ClipKind = "clip", *, place: Place = stay):
         """`network`: of `build_clip`, both sides; `place`: the host's memory manager."""
         if kind not in NAMES:
@@ -419,6 +421,9 @@ class LaionAesthetic:
     high: float | None = None
     higher_is_better = True
     reads_prompt = False
+
+    key: str = ""
+    backbone_key: str = ""
 
     def __init__(
         self,

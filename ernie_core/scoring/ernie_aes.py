@@ -295,6 +295,8 @@ class ErnieAes:
     higher_is_better = True
     reads_prompt = False
 
+    key: str = ""
+
     def __init__(
         self,
         network: nn.Module,

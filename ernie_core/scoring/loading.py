@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +21,7 @@ from .clip_based import (
     read_tokenizer,
 )
 from .ernie_aes import PromptStyle, is_internvl, load_ernie_aes
-from .network import TORCH_SUFFIXES, Place, Precision, Weights, read_weights, stay
+from .network import Place, Precision, Weights, fingerprint, read_weights, stay
 from .scorer import Scorer
 
 BUILTIN = "built-in "
@@ -38,22 +38,6 @@ def list_builtin() -> list[str]:
 def find_builtin(name: str) -> BuiltinScorer | None:
     """The scorer behind a name from `list_builtin`, None for another name."""
     return next((BuiltinScorer(measure=measure) for measure in MEASURES if BUILTIN + measure == name), None)
-
-
-def list_scorers(folder: Path) -> Iterator[str]:
-    """Weight files and model folders (ending with "/") up to two levels below `folder`, sorted."""
-    if not folder.is_dir():
-        return
-    suffixes = (".safetensors", *TORCH_SUFFIXES)
-    for path in sorted(folder.iterdir()):
-        if path.is_file() and path.suffix.lower() in suffixes:
-            yield path.name
-        elif path.is_dir() and not path.name.startswith("."):
-            holds = any(p.suffix.lower() in suffixes for p in path.iterdir())
-            if holds and (path / "config.json").is_file():
-                yield f"{path.name}/"
-            else:
-                yield from (f"{path.name}/{p.name}" for p in sorted(path.iterdir()) if p.suffix.lower() in suffixes)
 
 
 def clip_kind(weights: Weights, kind: Kind = "auto") -> ClipKind:
@@ -99,6 +83,27 @@ def load_scorer(
     if kind not in KINDS:
         raise ErnieError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}.")
     weights = read_weights(path)
+    scorer = _load(
+        weights, kind, backbone, backbones, tokenizer_folders, precision=precision, style=style, ops=ops, place=place
+    )
+    body = getattr(scorer, "backbone_key", "")
+    scorer.key = f"{scorer.name}:{fingerprint(weights.tensors, precision, style, body)}"
+    return scorer
+
+
+def _load(
+    weights: Weights,
+    kind: Kind,
+    backbone: Path | None,
+    backbones: Iterable[Path],
+    tokenizer_folders: Sequence[Path | None],
+    *,
+    precision: Precision | None,
+    style: PromptStyle,
+    ops: Any,
+    place: Place,
+) -> Any:
+    path = weights.source
     names = set(weights.tensors)
     if is_internvl(names):
         _refuse_kind(kind, path, "ERNIE-Image-Aes")
@@ -115,7 +120,9 @@ def load_scorer(
         _refuse_kind(kind, path, "a LAION aesthetic head")
         body = _find_backbone(weights, backbone, backbones)
         network = build_clip(body, precision=chosen, ops=ops, vision_only=True)
-        return LaionAesthetic(network, weights.tensors, source=path, place=place)
+        scorer = LaionAesthetic(network, weights.tensors, source=path, place=place)
+        scorer.backbone_key = fingerprint(body.tensors)
+        return scorer
     if is_clip(names):
         folders = [weights.folder, path if path.is_dir() else path.parent, *tokenizer_folders]
         tokenizer = read_tokenizer(folders, path)

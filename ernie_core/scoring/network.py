@@ -7,6 +7,7 @@ tensors, never code.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections.abc import Callable, Mapping
@@ -81,6 +82,16 @@ def read_weights(path: Path | str) -> Weights:
         if not isinstance(config, dict):
             raise CheckpointError(f"{folder / 'config.json'} must hold a JSON object, got {type(config).__name__}.")
     return Weights(source=path, tensors=tensors, config=config, folder=folder)
+
+
+def fingerprint(tensors: Mapping[str, Tensor], *settings: object) -> str:
+    """16 hex digits of names, shapes, types, the first 64 numbers of each tensor, and settings."""
+    digest = hashlib.sha256(repr(settings).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.reshape(-1)[:64].contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _read_torch(path: Path) -> dict[str, Tensor]:

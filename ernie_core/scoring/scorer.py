@@ -57,6 +57,11 @@ class Scorer(Protocol):
         """Whether the number is about picture and prompt together; prompts must be given then."""
         ...
 
+    @property
+    def key(self) -> str:
+        """Changes with weights and settings: equal keys give equal numbers, so that scores can be kept."""
+        ...
+
     def score(
         self,
         images: Tensor | Iterable[Picture],
@@ -280,7 +285,8 @@ class Scores:
         try:
             values = json.loads(text)
             known = {f.name for f in fields(cls)}
-            return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known})
+            columns: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+            return cls(**{k: v for k, v in columns.items() if k in known})
         except (ValueError, TypeError, AttributeError) as e:
             raise ErnieError(f"not a file of scores: {e}.") from e
 

@@ -7,7 +7,8 @@ import torch
 from ernie_pack.ernie_core.errors import CheckpointError, ErnieError
 from ernie_pack.ernie_core.scoring.builtin import MEASURES
 from ernie_pack.ernie_core.scoring.clip_based import KEPT_PROMPTS, Prompts, prepare_cropped, prepare_padded
-from ernie_pack.ernie_core.scoring.loading import find_builtin, list_builtin, list_scorers, load_scorer
+from ernie_pack.ernie_core.scoring.files import list_weights
+from ernie_pack.ernie_core.scoring.loading import find_builtin, list_builtin, load_scorer
 from ernie_pack.ernie_core.scoring.network import read_weights
 from safetensors.torch import save_file
 
@@ -34,7 +35,7 @@ def models(tmp_path_factory):
 
 
 def test_files_and_folders_are_listed(models):
-    assert list(list_scorers(models)) == [
+    assert list(list_weights(models)) == [
         "ERNIE-Image-Aes/",
         "HPS_v2.1_compressed.pt",
         "PickScore_v1/",
@@ -42,7 +43,7 @@ def test_files_and_folders_are_listed(models):
         "reward/ImageReward.pt",
         "sac+logos+ava1-l14-linearMSE.pth",
     ]
-    assert list(list_scorers(models / "nothing")) == []
+    assert list(list_weights(models / "nothing")) == []
 
 
 @pytest.mark.parametrize(
@@ -57,7 +58,7 @@ def test_files_and_folders_are_listed(models):
     ],
 )
 def test_what_a_file_is_follows_from_its_tensors(models, file, name, reads_prompt, limits):
-    backbones = [models / n.rstrip("/") for n in list_scorers(models)]
+    backbones = [models / n.rstrip("/") for n in list_weights(models)]
     scorer = load_scorer(models / file, backbones=backbones, tokenizer_folders=[models / "tokenizer"])
     assert (scorer.name, scorer.reads_prompt, scorer.higher_is_better) == (name, reads_prompt, True)
     assert (scorer.low, scorer.high) == limits
