@@ -28,6 +28,13 @@ class ErnieExtension(ComfyExtension):
         )
         from .lora import ErnieConvertLora, ErnieExtractLora, ErnieLoadLora, ErnieMergeLora, ErnieResizeLora
         from .sampling import ErnieEmptyLatent, ErnieSampler, ErnieSigmas
+        from .scoring import (
+            ErnieBestOfN,
+            ErnieFilterByScore,
+            ErnieLoadScorer,
+            ErnieScoreImages,
+            ErnieScoreReport,
+        )
         from .text import ErnieEncodePrompt, ErnieEnhancePrompt
         from .tournament import ErniePairsFromScores, ErnieTournament
         from .training import (
@@ -67,6 +74,11 @@ class ErnieExtension(ComfyExtension):
             ErnieTrain,
             ErnieTrainingReport,
             ErnieReducedDepth,
+            ErnieLoadScorer,
+            ErnieScoreImages,
+            ErnieFilterByScore,
+            ErnieBestOfN,
+            ErnieScoreReport,
             ErnieTournament,
             ErniePairsFromScores,
             ErnieAestheticBenchmark,

@@ -533,6 +533,48 @@ def _with_loras(denoise: Denoise, dit: Any, loras: tuple[Any, ...]) -> Denoise:
     return call
 
 
+# ---------------------------------------------------------------------------------------------------- scorers
+
+SCORER_FOLDERS = ("scorers", "aesthetic", "clip_vision")
+
+
+def list_scorers() -> list[str]:
+    """Return weight files and model folders that may be scorers, with the name of their place in front."""
+    from ..ernie_core.scoring.files import list_weights
+
+    if session.models is None:
+        return []
+    return [f"{place}/{name}" for place in SCORER_FOLDERS for name in list_weights(session.models / place)]
+
+
+def scorer_path(name: str) -> Path:
+    """Return the file or folder behind a name from `list_scorers`; ErnieError when there is none."""
+    if session.models is None or not (session.models / name).exists() or name.partition("/")[0] not in SCORER_FOLDERS:
+        raise ErnieError(f"{name!r} expected in {session.models or '--models'}, it is not there; choose another.")
+    return session.models / name
+
+
+def tokenizer_folders() -> list[Path]:
+    """Where CLIP's tokenizer may lie besides a scorer's own folder."""
+    return [] if session.models is None else [session.models / "scorers" / "tokenizer"]
+
+
+def scorer_layers() -> Any:
+    """None: torch's own layers."""
+    return None
+
+
+def place_scorer(network: Any) -> Callable[[], torch.device]:
+    """Return what brings a network to the device and says which."""
+
+    def bring() -> torch.device:
+        throw_if_interrupted()
+        _bring(network)
+        return device()
+
+    return bring
+
+
 # ---------------------------------------------------------------------------------------------------- pictures
 
 

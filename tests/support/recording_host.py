@@ -54,6 +54,22 @@ class RecordingHost:
     def lora_path(self, name):
         return self.loras_folder() / name
 
+    def list_scorers(self):
+        return ["scorers/head.pth", "clip_vision/clip/"]
+
+    def scorer_path(self, name):
+        return self.folder / "models" / name
+
+    def tokenizer_folders(self):
+        return []
+
+    def scorer_layers(self):
+        return None
+
+    def place_scorer(self, network):
+        self._note("place_scorer", type(network).__name__)
+        return lambda: torch.device("cpu")
+
     def num_blocks(self, model):
         return 36
 
