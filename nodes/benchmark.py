@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from comfy_api.latest import io, ui
 
@@ -11,6 +12,11 @@ from ..ernie_core.errors import ErnieError
 from . import host
 from .dataset import find_path
 from .training import to_image
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from ..ernie_core.scoring.benchmark import Ratings
 
 CATEGORY = "ERNIE/scoring"
 Scorer = io.Custom("ERNIE_SCORER")
@@ -121,33 +127,19 @@ class ErnieAestheticBenchmark(io.ComfyNode):
         scorer_3=None,
         scorer_4=None,
     ) -> io.NodeOutput:
-        from ..ernie_core.scoring.benchmark import read_ratings, run_benchmark, write_benchmark
-        from ..ernie_core.scoring.charts import stack_pictures
+        from ..ernie_core.scoring.benchmark import run_benchmark, write_benchmark
 
         scorers = [s for s in (scorer, scorer_2, scorer_3, scorer_4) if s is not None]
-        folder = report_folder(name)
-        found = run_benchmark(
-            scorers,
-            read_ratings(
-                needed_path("ratings", ratings),
-                image_folder=find_path(image_folder) if image_folder.strip() else None,
-                score_column=score_column,
-                on_progress=reading_of(cls.hidden.unique_id),
-            ),
-            batch_size=batch_size,
-            samples=samples,
-            cache_folder=host.output_folder() / FOLDER / KEPT_SCORES,
-            on_progress=progress_of([s.name for s in scorers], cls.hidden.unique_id),
-        )
+        folder, node_id = report_folder(name), cls.hidden.unique_id
+        rated = read_rated(ratings, image_folder, score_column, node_id)
+        settings = {
+            "batch_size": batch_size,
+            "samples": samples,
+            "cache_folder": host.output_folder() / FOLDER / KEPT_SCORES,
+        }
+        found = run_benchmark(scorers, rated, on_progress=progress_of(scorers, node_id), **settings)
         write_benchmark(found, folder)
-        pictures = found.pictures()
-        sheets = [name.startswith("extremes") for name in pictures]
-        charts, disagreements = (
-            stack_pictures([p for p, is_sheet in zip(pictures.values(), sheets, strict=True) if is_sheet == wanted])
-            for wanted in (False, True)
-        )
-        text = f"{found.to_markdown()}\nWritten to {folder}\n"
-        return show_report(cls, text, charts, disagreements)
+        return show_report(cls, f"{found.to_markdown()}\nWritten to {folder}\n", *stack_charts(found.pictures()))
 
 
 class ErniePromptBenchmark(io.ComfyNode):
@@ -226,6 +218,28 @@ class ErniePromptBenchmark(io.ComfyNode):
         return show_report(cls, f"{found.text}\nWritten to {folder}\n", found.picture)
 
 
+def read_rated(ratings: str, image_folder: str, score_column: str, node_id: str | None) -> Ratings:
+    """The rated set that the widgets name; raises what `read_ratings` raises."""
+    from ..ernie_core.scoring.benchmark import read_ratings
+
+    return read_ratings(
+        needed_path("ratings", ratings),
+        image_folder=find_path(image_folder) if image_folder.strip() else None,
+        score_column=score_column,
+        on_progress=reading_of(node_id),
+    )
+
+
+def stack_charts(pictures: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """(charts, contact sheets) of a benchmark, each below each other."""
+    from ..ernie_core.scoring.charts import stack_pictures
+
+    sheets = [p for name, p in pictures.items() if name.startswith("extremes")]
+    return stack_pictures([p for name, p in pictures.items() if not name.startswith("extremes")]), stack_pictures(
+        sheets
+    )
+
+
 def columns(without_enhancer: str, with_enhancer: str) -> Mapping[str, Path]:
     """The result files by column.
 
@@ -272,9 +286,9 @@ def reading_of(node_id: str | None):
     return tell
 
 
-def progress_of(names: list[str], node_id: str | None):
+def progress_of(scorers: list, node_id: str | None):
     """on_progress(done, total, scorer) over all scorers, with the host's bar; the user can stop it."""
-    bar = host.progress(1)
+    bar, names = host.progress(1), [s.name for s in scorers]
 
     def tell(done: int, total: int, scorer: str) -> None:
         host.throw_if_interrupted()
