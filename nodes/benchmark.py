@@ -132,11 +132,7 @@ class ErnieAestheticBenchmark(io.ComfyNode):
         scorers = [s for s in (scorer, scorer_2, scorer_3, scorer_4) if s is not None]
         folder, node_id = report_folder(name), cls.hidden.unique_id
         rated = read_rated(ratings, image_folder, score_column, node_id)
-        settings = {
-            "batch_size": batch_size,
-            "samples": samples,
-            "cache_folder": host.output_folder() / FOLDER / KEPT_SCORES,
-        }
+        settings = {"batch_size": batch_size, "samples": samples, "cache_folder": kept_scores()}
         found = run_benchmark(scorers, rated, on_progress=progress_of(scorers, node_id), **settings)
         write_benchmark(found, folder)
         return show_report(cls, f"{found.to_markdown()}\nWritten to {folder}\n", *stack_charts(found.pictures()))
@@ -228,6 +224,11 @@ def read_rated(ratings: str, image_folder: str, score_column: str, node_id: str 
         score_column=score_column,
         on_progress=reading_of(node_id),
     )
+
+
+def kept_scores() -> Path:
+    """Where scores of every benchmark are kept."""
+    return host.output_folder() / FOLDER / KEPT_SCORES
 
 
 def stack_charts(pictures: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
