@@ -166,9 +166,7 @@ def test_a_layer_that_cannot_be_quantised_is_an_error(precision, tmp_path):
         return weights
 
     path = write_model(tmp_path / "model.safetensors", change=change)
-    with pytest.raises(
-        CheckpointError, match=r"the layer layers\.1\.mlp\.up_proj cannot be kept in 8 bits: the"
-    ):
+    with pytest.raises(CheckpointError, match=r"the layer layers\.1\.mlp\.up_proj cannot be kept in 8 bits: the"):
         load_base(path, precision=precision)
 
 
