@@ -19,7 +19,7 @@ class Graph:
         self.negative = self.add("ErnieEncodePrompt", clip=self.clip, prompt="")
         self.latent = self.add("ErnieEmptyLatent", size="custom", width=SIDE_PX, height=SIDE_PX, batch_size=1)
 
-    def add(self, kind, **inputs):
+    def add(self, kind, /, **inputs):
         """Add a node; returns a link to its first output."""
         number = str(len(self.prompt) + 1)
         self.prompt[number] = {"class_type": kind, "inputs": inputs}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from pathlib import Path
 
+from rated_images import draw_rated, write_rows
 from small_data import write_pairs, write_pictures
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,6 +46,8 @@ def write_inputs(folder: Path) -> None:
     """What people put into the input folder for our workflows, in miniature."""
     write_pictures(folder / "ernie_train", count=3)
     write_pairs(folder / "ernie_pairs", count=2)
+    write_pictures(folder / "ernie_tournament", count=6, captions=False)
+    write_rows(folder / "ernie_ratings" / "ratings.csv", draw_rated(folder / "ernie_ratings", count=12))
 
 
 def saved_pictures(prompt: dict) -> int:

@@ -13,6 +13,7 @@ from small_runs import ROOT, WORKFLOWS, saved_pictures, shrink, write_inputs
 
 NAMES = [
     "batch_prompts",
+    "benchmark_scorers",
     "enhanced_prompt",
     "enhancer_on_off",
     "lora_report",
@@ -25,7 +26,7 @@ NAMES = [
 ]
 HUB = "https://huggingface.co/Comfy-Org/ERNIE-Image/resolve/main/"  # as core's own ERNIE-Image blueprints have it
 MODEL_WIDGETS = {"model_name", "encoder_name", "enhancer_name", "vae_name"}
-WITHOUT_MODELS = {"lora_report"}
+WITHOUT_MODELS = {"benchmark_scorers", "lora_report"}
 DRAWN_BY_THE_PAGE = {"MarkdownNote"}
 PAGE_ONLY_WIDGETS = {"PreviewAny"}  # the page gives it widgets that its schema does not have
 TRAINING = {"ErnieDatasetFolder", "ErnieTrainingModels", "ErnieRecipe", "ErnieTrain"}
