@@ -174,7 +174,7 @@ class ErnieTournament(io.ComfyNode):
                     extra_dict=ADVANCED,
                 ),
                 io.Int.Input(
-                    "seed",
+                    "order_seed",  # not "seed": pages give that one a control that changes it with every run
                     default=0,
                     min=0,
                     max=2**31 - 1,
@@ -218,7 +218,7 @@ class ErnieTournament(io.ComfyNode):
     @classmethod
     def execute(
         cls, name, annotator, folder, prompts, rounds, meet, until_complete, result, top_k, pairs_from, min_gap,
-        max_per_prompt, save_pairs, question, repeat_share, pass_share, seed, images=None, calibration=None,
+        max_per_prompt, save_pairs, question, repeat_share, pass_share, order_seed, images=None, calibration=None,
     ) -> io.NodeOutput:  # fmt: skip
         from ..ernie_core.scoring import judgments
 
@@ -228,7 +228,7 @@ class ErnieTournament(io.ComfyNode):
             pictures=collect(images, folder, name, prompts, (cls.hidden.prompt, cls.hidden.extra_pnginfo)),
             rounds=rounds,
             question=question.strip() or QUESTION,
-            seed=seed,
+            seed=order_seed,
             per_prompt=meet == MEETS[1],
             repeat_share=repeat_share,
             calibration=known_pairs(calibration),
@@ -662,7 +662,7 @@ def encode(rgb_HWC, side: int) -> bytes:
     image = Image.fromarray(rgb_HWC)
     image.thumbnail((side, side), Image.Resampling.LANCZOS)
     out = data.BytesIO()
-    image.save(out, "JPEG", quality=94, subsampling=0)
+    image.save(out, "JPEG", quality=97, subsampling=0)
     return out.getvalue()
 
 

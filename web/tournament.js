@@ -20,12 +20,13 @@ const CSS = `
   background: #17181c; color: #e8e8ea; font: 15px/1.4 system-ui, sans-serif; user-select: none; }
 #ernie-tournament header, #ernie-tournament footer { display: flex; align-items: center; gap: 12px; padding: 10px 16px; }
 #ernie-tournament header > * { flex: 1; min-width: 0; }
-#ernie-tournament .where { color: #a9abb3; white-space: nowrap; overflow: hidden; text-overflow: ellipsis; }
+#ernie-tournament .where div { color: #a9abb3; white-space: nowrap; overflow: hidden; text-overflow: ellipsis; }
+#ernie-tournament .where div + div { font-size: 13px; }
 #ernie-tournament .ask { flex: 2; text-align: center; font-size: 20px; font-weight: 600; }
 #ernie-tournament .prompt { font-size: 13px; font-weight: 400; color: #a9abb3; max-height: 3em; overflow: auto;
   user-select: text; }
 #ernie-tournament .prompt:empty { display: none; }
-#ernie-tournament .far { display: flex; justify-content: flex-end; align-items: center; gap: 12px; color: #a9abb3; }
+#ernie-tournament .far { display: flex; justify-content: flex-end; align-items: center; gap: 8px; white-space: nowrap; }
 #ernie-tournament .bar { height: 4px; background: #2a2c33; }
 #ernie-tournament .bar div { height: 100%; width: 0; background: #6aa5ff; transition: width .15s; }
 #ernie-tournament main { flex: 1; min-height: 0; display: flex; gap: 8px; padding: 8px; }
@@ -126,10 +127,10 @@ function makePanel () {
   let shown = 0 // counts the pairs put up, so that pictures that come late are not taken for another pair's
   let kept = [] // pictures fetched ahead
 
-  const where = element('div', { className: 'where' })
+  const where = element('div')
   const question = element('div')
   const prompt = element('div', { className: 'prompt' })
-  const count = element('span')
+  const count = element('div')
   const filled = element('div')
   const content = element('div', { style: 'flex:1; min-height:0; display:flex; flex-direction:column' })
   const keys = element('footer')
@@ -142,8 +143,9 @@ function makePanel () {
   }
   const root = element('div', { id: 'ernie-tournament', tabIndex: -1 },
     element('style', { textContent: CSS }),
-    element('header', {}, where, element('div', { className: 'ask' }, question, prompt),
-      element('div', { className: 'far' }, count, button('sessions', '', () => showSessions()),
+    element('header', {}, element('div', { className: 'where' }, where, count),
+      element('div', { className: 'ask' }, question, prompt),
+      element('div', { className: 'far' }, button('sessions', '', () => showSessions()),
         button('close', 'Esc', () => close()))),
     element('div', { className: 'bar' }, filled), content, news, keys)
   root.setAttribute('role', 'dialog')

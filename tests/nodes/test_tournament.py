@@ -21,7 +21,15 @@ nodes = importlib.import_module("ernie_pack.nodes.tournament")
 
 ROOT = Path(__file__).resolve().parents[2]
 DEFAULTS = {
-    **{"name": "cats", "annotator": "ann", "folder": "cats", "prompts": "a cat", "rounds": 3, "top_k": 2, "seed": 0},
+    **{
+        "name": "cats",
+        "annotator": "ann",
+        "folder": "cats",
+        "prompts": "a cat",
+        "rounds": 3,
+        "top_k": 2,
+        "order_seed": 0,
+    },
     **{"meet": "all pictures", "until_complete": "wait", "result": "this annotator", "question": "Better?"},
     **{"pairs_from": "best against worst", "min_gap": 0.0, "max_per_prompt": 0, "save_pairs": False},
     **{"repeat_share": 0.0, "pass_share": 0.8},
@@ -164,7 +172,7 @@ def test_question_annotator_and_name_are_shown(tournament, call):
 def test_another_seed_is_another_order(tournament, call):
     asked = []
     for i, seed in enumerate((0, 0, 1)):
-        tournament(seed=seed, annotator=str(i))
+        tournament(order_seed=seed, annotator=str(i))
         asked.append([(q["left"], q["right"]) for q in call(f"GET /ernie/tournaments/{i + 1}")["questions"]])
     assert asked[0] == asked[1] != asked[2]
 

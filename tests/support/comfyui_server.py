@@ -168,21 +168,24 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def running_comfyui(folder: Path, base: Path, *, extra_packs: Iterable[Path] = ()) -> Iterator[ComfyUI]:
+def running_comfyui(
+    folder: Path, base: Path, *, extra_packs: Iterable[Path] = (), port: int | None = None
+) -> Iterator[ComfyUI]:
     """ComfyUI in `folder` with this pack and the models in `base`/models; stopped at the end, whatever happens.
 
     Args:
         extra_packs: files or folders that ComfyUI loads as custom node packs as well.
+        port: None = one that is free.
 
     Raises:
         HostError: it ends or does not answer; the message has the end of its log.
     """
     for name in ("custom_nodes", "models", "input", "output", "temp", "user"):
         (base / name).mkdir(parents=True, exist_ok=True)
-    (base / "custom_nodes" / PACK_NAME).symlink_to(PACK, target_is_directory=True)
-    for pack in extra_packs:
-        (base / "custom_nodes" / pack.name).symlink_to(pack)
-    log, port = base / "comfyui.log", free_port()
+    for name, pack in ((PACK_NAME, PACK), *((pack.name, pack) for pack in extra_packs)):
+        if not (base / "custom_nodes" / name).is_symlink():  # a server that comes back finds its own
+            (base / "custom_nodes" / name).symlink_to(pack, target_is_directory=pack.is_dir())
+    log, port = base / "comfyui.log", port or free_port()
     command = [interpreter(), "main.py", "--listen", "127.0.0.1", "--port", str(port), "--disable-auto-launch"]
     command += ["--base-directory", str(base)]
     known = (folder / "comfy" / "cli_args.py").read_text(encoding="utf-8")

@@ -20,13 +20,14 @@ NAMES = [
     "lora_stack",
     "mixed_with_core_nodes",
     "text_to_image",
+    "tournament",
     "train_dpo",
     "train_lora",
     "turbo",
 ]
 HUB = "https://huggingface.co/Comfy-Org/ERNIE-Image/resolve/main/"  # as core's own ERNIE-Image blueprints have it
 MODEL_WIDGETS = {"model_name", "encoder_name", "enhancer_name", "vae_name"}
-WITHOUT_MODELS = {"benchmark_scorers", "lora_report"}
+WITHOUT_MODELS = {"benchmark_scorers", "lora_report", "tournament"}
 DRAWN_BY_THE_PAGE = {"MarkdownNote"}
 PAGE_ONLY_WIDGETS = {"PreviewAny"}  # the page gives it widgets that its schema does not have
 TRAINING = {"ErnieDatasetFolder", "ErnieTrainingModels", "ErnieRecipe", "ErnieTrain"}
