@@ -42,9 +42,9 @@ def test_it_runs(path, server, api_workflows):
     finished = server.run(small, page=page)
     files = [file for file in finished.files() if file["type"] == "output"]
     made = saved_pictures(small)
-    if any(node["class_type"] == "ErnieBatchFromPrompts" for node in small.values()):
-        folder = server.base / "output" / "ERNIE" / "batch_prompts"
-        files = [{"filename": p.name, "subfolder": "ERNIE/batch_prompts"} for p in sorted(folder.glob("*.png"))]
+    if any(node["class_type"] in ("ErnieBatchFromPrompts", "ErnieBestOfN") for node in small.values()):
+        folder = server.base / "output" / "ERNIE" / path.stem
+        files = [{"filename": p.name, "subfolder": f"ERNIE/{path.stem}"} for p in sorted(folder.glob("*.png"))]
     assert len(files) == made
     for file in files:
         check_picture(server.picture(file))

@@ -46,6 +46,8 @@ def write_inputs(folder: Path) -> None:
     """What people put into the input folder for our workflows, in miniature."""
     write_pictures(folder / "ernie_train", count=3)
     write_pairs(folder / "ernie_pairs", count=2)
+    write_pictures(folder / "ernie_scores" / "a", count=3, captions=False)
+    write_pictures(folder / "ernie_scores" / "b", count=2, captions=False)
     write_pictures(folder / "ernie_tournament", count=6, captions=False)
     write_rows(folder / "ernie_ratings" / "ratings.csv", draw_rated(folder / "ernie_ratings", count=12))
 
@@ -54,7 +56,8 @@ def saved_pictures(prompt: dict) -> int:
     """How many pictures a run of one of our workflows writes into the output folder."""
     count = sum(node["class_type"] == "SaveImage" for node in prompt.values())
     for node in prompt.values():
-        if node["class_type"] == "ErnieBatchFromPrompts":
+        if node["class_type"] in ("ErnieBatchFromPrompts", "ErnieBestOfN"):
             lines = node["inputs"]["source"].splitlines()
-            count += sum(bool(line.strip()) and not line.startswith("#") for line in lines)
+            prompts = sum(bool(line.strip()) and not line.startswith("#") for line in lines)
+            count += prompts * node["inputs"].get("keep", 1)
     return count
