@@ -228,14 +228,20 @@ def _add_benchmark_commands(commands: Any) -> None:
         kind.add_argument("--model", default="ERNIE-Image", help="whose published columns stand beside")
         if name == "longtext":
             kind.add_argument("--language", default="en", help="en or zh")
-    for kind in kinds.choices.values():
+    for kind in list(kinds.choices.values()):
         kind.add_argument("--out", type=Path, required=True, help="folder for the report")
         kind.add_argument("--samples", type=int, default=1000, help="bootstrap resamples")
         kind.add_argument("--seed", type=int, default=0)
+    listed = kinds.add_parser("prompts", help="a benchmark's prompts as a list for Batch from Prompts")
+    listed.add_argument("prompts", type=Path, help="the benchmark's own prompts file (.jsonl)")
+    listed.add_argument("--out", type=Path, required=True, help="the .csv to write")
+    listed.add_argument("--copies", type=int, default=4, help="pictures per prompt")
+    listed.add_argument("--seed", type=int, default=0, help="seed of the first of them")
 
 
 def _benchmark(args: argparse.Namespace) -> int:
     from .scoring import benchmark as bench
+    from .training.state import write_text
 
     if args.kind == "aesthetic":
         ratings = bench.read_ratings(args.ratings, image_folder=args.images, score_column=args.score_column)
@@ -250,6 +256,11 @@ def _benchmark(args: argparse.Namespace) -> int:
         )
         bench.write_benchmark(found, args.out)
         print(found.to_markdown())
+        return 0
+    if args.kind == "prompts":
+        text = bench.list_prompts(args.prompts, copies=args.copies, seed=args.seed)
+        write_text(args.out, text)
+        print(f"{len(text.splitlines()) - 1} rows: {args.out}")
         return 0
     given = {"without enhancer": args.without_enhancer, "with enhancer": args.with_enhancer}
     files = {column: file for column, file in given.items() if file is not None}

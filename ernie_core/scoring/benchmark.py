@@ -715,6 +715,26 @@ class PromptReport:
     """For JSON: per column its score, tables and problems; and what was published."""
 
 
+def list_prompts(prompts_file: Path | str, *, copies: int = 4, seed: int = 0) -> str:
+    """A CSV with prompt and seed for Batch from Prompts, `copies` rows per prompt of either benchmark, with the seeds
+    seed, seed + 1, ...
+
+    Raises:
+        ErnieError: the file is of neither benchmark, or copies is below 1.
+    """
+    if copies < 1:
+        raise ErnieError(f"copies must be 1 or more, got {copies}.")
+    first = next((row for _, row in read_table(Path(prompts_file)) if isinstance(row, dict)), {})
+    is_geneval = "include" in first
+    read = geneval.read_object_prompts if is_geneval else longtext.read_text_prompts
+    out = io.StringIO(newline="")
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["prompt", "seed"])
+    for prompt in read(prompts_file):
+        writer.writerows([prompt.prompt, seed + i] for i in range(copies))
+    return out.getvalue()
+
+
 def benchmark_geneval(
     prompts_file: Path | str, files: Mapping[str, Path | str], *, model: str, samples: int = SAMPLES, seed: int = 0
 ) -> PromptReport:

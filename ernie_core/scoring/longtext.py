@@ -224,8 +224,8 @@ def read_ocr(path: Path | str, prompts: Sequence[TextPrompt]) -> tuple[list[tupl
 
     Takes what the published evaluation writes (results.jsonl with image, prompt, ocr_gt, ocr_results), a table
     (.jsonl, .json, .csv) with image or prompt_id and one of the columns ocr_results, ocr, ocr_text, or a folder of
-    text files. Where no prompt_id is given, a file name starts with it, as published: 12.png, 12_3.png; else the
-    prompt itself is looked up.
+    text files. Where no prompt_id is given, the row's prompt is looked up; else the file name starts with the id, as
+    published: 12.png, 12_3.png.
 
     Raises:
         ErnieError: there is nothing readable there.
@@ -268,11 +268,11 @@ def _reading(row: Mapping[str, Any], ids: Mapping[str, int], label: str) -> tupl
     text = " ".join(map(str, text)) if isinstance(text, list) else str(text or "")
     if row.get("prompt_id") is not None:
         return image or f"prompt {row['prompt_id']} of {label}", _as_id(row["prompt_id"], label), text
+    if row.get("prompt") in ids:  # before the file's name: that of Batch from Prompts is a hash, of digits by chance
+        return image or label, ids[row["prompt"]], text
     number = re.match(r"(\d+)(?=_|\.|$)", re.split(r"[\\/]", image)[-1])
     if number:
         return image, int(number[1]), text
-    if row.get("prompt") in ids:
-        return image or label, ids[row["prompt"]], text
     raise ErnieError(f"belongs to no prompt: {image or 'its row'!r} starts with no number and has no prompt_id")
 
 

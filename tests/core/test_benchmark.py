@@ -7,6 +7,7 @@ import shutil
 
 import numpy as np
 import pytest
+from ernie_pack.ernie_core.batch import Row, read_rows
 from ernie_pack.ernie_core.cli import main
 from ernie_pack.ernie_core.errors import ErnieError
 from ernie_pack.ernie_core.scoring.benchmark import (
@@ -16,6 +17,7 @@ from ernie_pack.ernie_core.scoring.benchmark import (
     ScoreCache,
     benchmark_geneval,
     benchmark_longtext,
+    list_prompts,
     read_ratings,
     report_geneval,
     report_longtext,
@@ -28,6 +30,8 @@ from ernie_pack.ernie_core.scoring.longtext import TextPrompt, score_longtext
 from ernie_pack.ernie_core.scoring.metrics import krcc, plcc, srcc
 from PIL import Image
 from rated_images import draw_rated, write_rows
+
+ROW = Row(label="", prompt="", negative="", seed=0, width=64, height=64, steps=2, cfg=1.0, shift=4.0)
 
 
 class StubScorer:
@@ -557,3 +561,22 @@ def test_the_command_line_refuses_with_a_reason(tmp_path, arguments, text, monke
     assert main(["benchmark", *arguments, "--out", "out"]) == 1
     assert text in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_prompts_become_a_list_that_the_batch_reads(tmp_path, capsys):
+    prompts, _ = geneval_files(tmp_path, right=1)
+    texts = write_rows(tmp_path / "t.jsonl", [{"prompt": 'say "a, b"\nthen c', "text": ["a"], "prompt_id": 0}])
+    assert main(["benchmark", "prompts", str(prompts), "--out", str(tmp_path / "g.csv"), "--copies", "2"]) == 0
+    assert "12 rows" in capsys.readouterr().out
+    rows, problems = read_rows(str(tmp_path / "g.csv"), ROW)
+    assert not problems
+    assert [(r.prompt, r.seed) for r in rows[:3]] == [
+        *(("a photo of single_object", 0), ("a photo of single_object", 1), ("a photo of two_object", 0)),
+    ]
+    (tmp_path / "t.csv").write_text(list_prompts(texts, copies=1, seed=5), encoding="utf-8", newline="")
+    ((row,), problems) = read_rows(str(tmp_path / "t.csv"), ROW)
+    assert (row.prompt, row.seed) == ('say "a, b"\nthen c', 5)
+    with pytest.raises(ErnieError, match="copies must be 1 or more, got 0"):
+        list_prompts(prompts, copies=0)
+    with pytest.raises(ErnieError, match="is no prompt of LongText-Bench"):
+        list_prompts(write_rows(tmp_path / "x.jsonl", [{"caption": "x"}]))

@@ -147,6 +147,12 @@ def test_ocr_text_is_read_in_each_shape(tmp_path, kind):
     assert score_longtext(PROMPTS, readings, "en").score.value == pytest.approx(3 / 7)
 
 
+def test_the_prompt_goes_before_a_file_name_that_is_a_hash_of_digits(tmp_path):
+    rows = [{"image": "00000001_5.png", "prompt": "p7", "ocr": "seven"}]
+    readings, _ = read_ocr(write_lines(tmp_path / "a.jsonl", rows), PROMPTS)
+    assert readings == [("00000001_5.png", 7, "seven")]
+
+
 def test_a_table_without_ocr_text_is_not_read_as_pictures_without_text(tmp_path):
     rows = [{"prompt": "p0", "text": ["one"], "prompt_id": 0}]
     with pytest.raises(ErnieError, match="it has none of the columns ocr_results"):
