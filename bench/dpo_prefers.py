@@ -13,7 +13,7 @@ from statistics import fmean
 from ..ernie_core.pipeline import Pipeline
 from ..ernie_core.training.adapters import AdapterConfig
 from ..ernie_core.training.buckets import Stage
-from ..ernie_core.training.objectives import SigmaSampling
+from ..ernie_core.training.objectives import DpoConfig, SigmaSampling
 from ..ernie_core.training.pairs import Pairs, read_pairs
 from ..ernie_core.training.previews import draw_curves, picture_grid, smooth
 from ..ernie_core.training.recipe import OptimiserConfig, Recipe
@@ -30,11 +30,11 @@ ANCHORED = Recipe(
     models=TINY,
     objective="dpo",
     precision="fp32",
-    steps=150,
+    steps=400,
     batch_size=8,
     accumulation=1,
     adapter=AdapterConfig(rank=8),
-    optimiser=OptimiserConfig(lr=3e-4, warmup=10, schedule="constant"),
+    optimiser=OptimiserConfig(lr=8e-4, warmup=10, schedule="constant"),
     sigmas=SigmaSampling(shift=2.5),
     stages=(Stage(resolutions=(128,)),),
     checkpointing=False,
@@ -43,8 +43,10 @@ ANCHORED = Recipe(
 )
 RUNS = {
     WANTED: ANCHORED,
-    "without anchors": replace(ANCHORED, name="dpo-bare", dpo=replace(ANCHORED.dpo, anchor_win=0.0, anchor_lose=0.0)),
+    "without anchors": replace(ANCHORED, name="dpo-bare", dpo=DpoConfig(anchor_win=0.0, anchor_lose=0.0)),
+    "one mean for all terms": replace(ANCHORED, name="dpo-mean", dpo=DpoConfig(reduction="mean")),
 }
+"""All with the report's beta of 0.05. The last reads its constants on one scale: there the loser is never repelled."""
 
 
 def make_pairs(pipeline: Pipeline) -> Pairs:

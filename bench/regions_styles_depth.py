@@ -27,7 +27,7 @@ from ..tiny.evaluate import evaluate
 from ..tiny.novel import SHAPES_AND_NOVEL, concept_prompts, concept_scenes, write_concept_dataset
 from ..tiny.scenes import Scene, heldout_prompts
 from .compare import Row
-from .lora_learns import HEARTS, OPTIONS, OWN, RECIPE
+from .lora_learns import HEARTS, OPTIONS, RECIPE, REPEATS
 from .lora_learns import make_data as make_hearts_and_own
 from .tiny_runs import WORK, load_tiny, percent, remember, run_job, with_lora
 
@@ -60,7 +60,7 @@ def write_hearts(folder: Path, styles: Collection[str] = ()) -> Path:
         if not styles:
             captions = {"caption": path.with_suffix(".txt").read_text(encoding="utf-8").strip()}
         path.with_suffix(".txt").unlink()
-        rows.append({"file_name": path.name, **captions, "boxes": [[int(v) for v in box]], "repeats": OWN // HEARTS})
+        rows.append({"file_name": path.name, **captions, "boxes": [[int(v) for v in box]], "repeats": REPEATS})
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     (folder / "metadata.jsonl").write_text(lines, encoding="utf-8")
     return folder
@@ -73,7 +73,7 @@ def word(scene: Scene, style: str) -> str:
 
 
 def make_data(pipeline: Pipeline, styles: Collection[str] = ()) -> Dataset:
-    """Hearts with captions in `styles` and the base's own pictures, each half of an epoch."""
+    """Hearts with captions in `styles` and the base's own pictures, as in `lora_learns`."""
     make_hearts_and_own(pipeline, preserve=True)
     hearts = write_hearts(WORK / "-".join(["hearts", "boxes", *styles]), styles)
     return join_datasets(

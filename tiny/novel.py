@@ -83,7 +83,7 @@ def write_own_pictures(folder: Path, pipeline: Pipeline, count: int = 200, *, se
     shape and place came out as its prompt says.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng([seed, count, 4])
+    rng = np.random.default_rng([seed, 4])
     pool = split()[0]
     kept = tried = 0
     while kept < count:
