@@ -208,12 +208,13 @@ class ErnieTournament(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, name: str = "", folder: str = "", **others) -> str:
-        """Changes with every answer, and with the files of the folder."""
+    def fingerprint_inputs(cls, name: str | None = "", folder: str | None = "", **others) -> str:
+        """Changes with every answer, and with the files of the folder. What is linked comes as None."""
         from ..ernie_core.scoring import judgments
 
         with judgments.open_store(store_path()) as store:
-            return f"{judgments.fingerprint(store, name.strip())} {folder_stamp(folder)}"
+            answers = judgments.fingerprint(store, None if name is None else name.strip())
+        return f"{answers} {folder_stamp(folder or '')}"
 
     @classmethod
     def execute(
@@ -629,7 +630,7 @@ def get_ranking(path: Mapping, _query: Mapping, _body: Mapping) -> dict[str, Any
         state = judgments.progress(store, id_)
         if not state.complete:
             raise ErnieError("the ranking is shown when everything was answered: it would sway the answers.")
-        best = judgments.rank(store, id_)[:SHOWN_RANKS]
+        best = judgments.rank(store, id_, intervals=False)[:SHOWN_RANKS]
         numbers = judgments.picture_numbers(store, id_, [r.path for r in best])
     return {"best": [{"place": r.place, "label": r.label, "number": numbers[r.path], "tier": r.tier} for r in best]}
 

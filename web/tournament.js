@@ -416,10 +416,14 @@ function makePanel () {
 
 const widgetOf = (node, name) => node.widgets?.find((w) => w.name === name)
 
-const wantedBy = (node) => ({
-  name: String(widgetOf(node, 'name')?.value ?? '').trim(),
-  annotator: String(widgetOf(node, 'annotator')?.value ?? '').trim()
-})
+// Which tournament a node means: by its widgets; where a widget is linked, as its last run said.
+function wantedBy (node) {
+  const value = (name) => {
+    const linked = node.inputs?.some((input) => input.widget?.name === name && input.link != null)
+    return linked && node.ernieTold ? node.ernieTold[name] : String(widgetOf(node, name)?.value ?? '').trim()
+  }
+  return { name: value('name'), annotator: value('annotator') }
+}
 
 function label (node, t) {
   const button = widgetOf(node, 'open_tournament')
@@ -468,7 +472,10 @@ app.registerExtension({
     nodeType.prototype.onExecuted = function (output, ...args) {
       const result = executed?.apply(this, [output, ...args])
       const told = output?.ernie_tournament?.[0]
-      if (told) label(this, told)
+      if (told) {
+        this.ernieTold = told
+        label(this, told)
+      }
       return result
     }
   }

@@ -1,6 +1,6 @@
 """Tournaments on the disk: SQLite (WAL, synchronous FULL), every answer committed before the next question is read.
 
-A tournament is one name and one annotator; several annotators of a name are several tournaments. Nothing is deleted:
+A tournament is one name and one annotator; several annotators of a name are several tournaments. No answer is deleted:
 what is undone stays in the log, marked. One connection per call is meant (`open_store`); any number of processes may
 have the file open.
 
@@ -188,7 +188,7 @@ class Ranked:
     value: float
     """Bradley-Terry strength; of several annotators the mean of the normalised ranks, in (0, 1)."""
     low: float
-    """95 % interval of `value`; infinite without a judgment, NaN where ranks were merged."""
+    """95 % interval of `value`; infinite without a judgment, NaN where ranks were merged or none was asked for."""
     high: float
     points: float
     buchholz: float
@@ -674,12 +674,12 @@ def picture_numbers(store: sqlite3.Connection, id_: int, paths: Sequence[str]) -
     return dict(store.execute(query, (id_, *paths)).fetchall())
 
 
-def fingerprint(store: sqlite3.Connection, name: str) -> str:
-    """Changes with every answer, undo and new annotator of a name."""
+def fingerprint(store: sqlite3.Connection, name: str | None) -> str:
+    """Changes with every answer, undo and new annotator of a name; of any name where it is None."""
     row = store.execute(
         "SELECT count(*), coalesce(max(a.id), 0), coalesce(max(a.undone), 0), count(a.undone) FROM tournaments t "
-        "LEFT JOIN actions a ON a.tournament=t.id WHERE t.name=?",
-        (name,),
+        "LEFT JOIN actions a ON a.tournament=t.id WHERE ? IS NULL OR t.name=?",
+        (name, name),
     ).fetchone()
     return " ".join(map(str, tuple(row)))
 
@@ -704,11 +704,15 @@ def read_record(store: sqlite3.Connection, id_: int) -> Record:
 # --- results --------------------------------------------------------------------------------------------------------
 
 
-def rank(store: sqlite3.Connection, id_: int) -> list[Ranked]:
-    """The pictures as one annotator ranks them, best first: by strength, in groups by their share in it."""
+def rank(store: sqlite3.Connection, id_: int, *, intervals: bool = True) -> list[Ranked]:
+    """The pictures as one annotator ranks them, best first: by strength, in groups by their share in it.
+
+    Without `intervals` low and high are NaN, which saves most of the time.
+    """
     row = _tournament(store, id_)
     record = read_record(store, id_)
-    strengths, standing = tournament.bradley_terry(record), tournament.stand(record, seed=row["seed"])
+    strengths = tournament.bradley_terry(record, errors=intervals)
+    standing = tournament.stand(record, seed=row["seed"])
     pairs, _ = record.judged
     judged = np.bincount(pairs.reshape(-1), minlength=row["num_pictures"])
     share = np.zeros(row["num_pictures"])
@@ -752,7 +756,7 @@ def rank_merged(store: sqlite3.Connection, name: str) -> list[Ranked]:
     ids = annotators(store, name)
     if not ids:
         raise Unknown(f"there is no tournament {name!r}.")
-    rankings = [rank(store, id_) for id_ in ids.values()]
+    rankings = [rank(store, id_, intervals=False) for id_ in ids.values()]
     merged = tournament.merge_rankings([{r.path: r.share for r in ranking} for ranking in rankings])
     known: dict[str, list[Ranked]] = {}
     for ranking in rankings:
@@ -786,7 +790,9 @@ def rank_merged(store: sqlite3.Connection, name: str) -> list[Ranked]:
 def agree(store: sqlite3.Connection, name: str) -> list[Agreement]:
     """Every two annotators of a name against each other."""
     ids = annotators(store, name)
-    rankings = {who: {r.path: r.share for r in rank(store, id_)} for who, id_ in ids.items()}
+    if len(ids) < 2:
+        return []
+    rankings = {who: {r.path: r.share for r in rank(store, id_, intervals=False)} for who, id_ in ids.items()}
     answers = {who: _answers(store, id_) for who, id_ in ids.items()}
     found = []
     people = list(ids)

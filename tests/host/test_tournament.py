@@ -18,7 +18,7 @@ from pathlib import Path
 import comfyui_page
 import comfyui_server
 import pytest
-from small_data import write_pictures
+from small_data import write_pairs, write_pictures
 from small_runs import ROOT
 
 pytestmark = pytest.mark.host
@@ -379,6 +379,78 @@ def test_the_tournament_is_answered_to_the_end_and_the_workflow_goes_on(browser,
     again = place.server.run(prompt)
     assert again.outputs[node]["ernie_tournament"][0]["left"] == 1
     assert not [f for f in again.files() if f["type"] == "temp"], "what is behind it waits"
+
+
+def open_second(browser, place, name, **inputs) -> None:
+    """Run a second tournament by the API and open it."""
+    graph = {
+        "1": {"class_type": "ErnieTournament", "inputs": SECOND | {"name": name} | inputs},
+        "2": {"class_type": "ErniePairsFolder", "inputs": KNOWN},
+    }
+    place.server.run(graph)
+    open_by_command(browser.page, name)
+
+
+SECOND = {
+    **{"name": "", "annotator": "ann", "folder": "cats", "prompts": "a cat", "rounds": 1, "meet": "all pictures"},
+    **{"until_complete": "wait", "result": "this annotator", "top_k": 1, "pairs_from": "every pair", "min_gap": 0.0},
+    **{"max_per_prompt": 0, "save_pairs": False, "question": "Which one is calmer?", "repeat_share": 0.0},
+    **{"pass_share": 1.0, "order_seed": 0},
+}
+KNOWN = {
+    **{"path": "known/pairs.jsonl", "min_margin": 0.0, "max_per_prompt": 0, "caption_dropout": 0.0},
+    **{"missing_caption": "error", "default_caption": ""},
+}
+
+
+def test_a_calibration_is_failed_tried_again_and_passed(browser, place, shot):
+    write_pairs(place.base / "input" / "known", count=2)
+    page = browser.page
+    open_second(browser, place, "calibrated", calibration=["2", 0])
+    question = None
+    for _ in range(2):
+        question = wait_for_question(page, not_=question)
+        assert "Calibration" in page.locator(PANEL).inner_text()
+        page.keyboard.press("ArrowDown")
+    page.locator(f"{PANEL} [data-action=tryAgain]").wait_for()
+    shot("refused")
+    assert "0 of 2 answers were right" in page.locator(PANEL).inner_text()
+    page.locator(f"{PANEL} [data-action=tryAgain]").click()
+    for _ in range(2):  # the better one is the bright one: its side is in the order of the store's questions
+        question = wait_for_question(page, not_=question)
+        with sqlite3.connect(place.base / "user" / "__ernie_image" / "judgments.sqlite") as store:
+            ((expected,),) = store.execute("SELECT expected FROM questions WHERE id=?", (int(question),)).fetchall()
+        page.locator(f"{PANEL} .side.{expected}").click()
+    wait_for_question(page, not_=question)
+    text = page.locator(PANEL).inner_text()
+    assert "Round 1 of 1" in text
+    assert "Which one is calmer?" in text
+    page.keyboard.press("Escape")
+
+
+def test_a_picture_that_is_gone_says_so_and_is_skipped(browser, place):
+    page = browser.page
+    write_pictures(place.base / "input" / "two", count=2, captions=False)
+    open_second(browser, place, "gone", folder="two")
+    wait_for_question(page)
+    page.keyboard.press("Escape")
+    (place.base / "input" / "two" / "00.png").write_bytes(b"no picture")
+    page.reload()
+    page.wait_for_function(comfyui_page.IS_READY, timeout=120_000)
+    page.wait_for_timeout(1500)
+    open_by_command(page, "gone")
+    page.get_by_text("This picture cannot be shown").wait_for()
+    before = len(place.answers())
+    page.keyboard.press("ArrowLeft")
+    page.wait_for_timeout(500)
+    assert len(place.answers()) == before, "what was not seen is not judged"
+    page.keyboard.press("s")
+    page.wait_for_timeout(700)
+    page.keyboard.press("s")
+    page.locator(f"{PANEL}[data-complete=true]").wait_for()
+    assert [given for _, given in place.answers()[-2:]] == ["skip", "skip"]
+    page.keyboard.press("Escape")
+    browser.errors.clear()
 
 
 def test_it_speaks_chinese(browser, place, shot):

@@ -284,6 +284,7 @@ def test_a_change_is_noticed(tournament, answer_all, call, folder, recording, ch
         (folder / "00.png").touch()
         os.utime(folder / "00.png", (1, 1))
     assert cls.fingerprint_inputs(name="cats", folder="cats") != before
+    assert cls.fingerprint_inputs(name=None, folder=None), "both are linked"
 
 
 # --- pairs from scores ----------------------------------------------------------------------------------------
