@@ -236,7 +236,7 @@ function makePanel () {
     where.textContent = `${t.name} · ${t.annotator}`
     const total = t.done + t.left
     filled.style.width = `${total ? 100 * t.done / total : 0}%`
-    const round = t.stage === 'calibrating' ? say('calibration') : say('round', { round: t.round, rounds: t.rounds })
+    const round = t.round === 0 ? say('calibration') : say('round', { round: t.round, rounds: t.rounds })
     const time = t.seconds_left && t.left ? say('timeLeft', { time: duration(t.seconds_left) }) : ''
     count.textContent = [say('progress', { done: t.done, total }), round, time].filter(Boolean).join(' · ')
     tell(say('saved'), true)
