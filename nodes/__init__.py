@@ -27,6 +27,7 @@ class ErnieExtension(ComfyExtension):
             ErnieLoadVAE,
         )
         from .lora import ErnieConvertLora, ErnieExtractLora, ErnieLoadLora, ErnieMergeLora, ErnieResizeLora
+        from .recipes import ErnieRecipe, ErnieRecipeDPO, ErnieTrainingModels
         from .sampling import ErnieEmptyLatent, ErnieSampler, ErnieSigmas
         from .scoring import (
             ErnieBestOfN,
@@ -37,15 +38,7 @@ class ErnieExtension(ComfyExtension):
         )
         from .text import ErnieEncodePrompt, ErnieEnhancePrompt
         from .tournament import ErniePairsFromScores, ErnieTournament
-        from .training import (
-            ErniePreflight,
-            ErnieRecipe,
-            ErnieRecipeDPO,
-            ErnieReducedDepth,
-            ErnieTrain,
-            ErnieTrainingModels,
-            ErnieTrainingReport,
-        )
+        from .training import ErniePreflight, ErnieReducedDepth, ErnieTrain, ErnieTrainingReport
 
         return [
             ErnieLoadImageModel,

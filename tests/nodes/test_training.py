@@ -32,6 +32,7 @@ from random_models import DIT, RELEASED_FILES, write_random_models
 from small_data import write_pairs, write_pictures
 
 nodes = importlib.import_module("ernie_pack.nodes.training")
+recipes = importlib.import_module("ernie_pack.nodes.recipes")
 
 SMALL = {"steps": 3, "rank": 2, "resolution": "64", "precision": "fp32", "save_every": 2}
 RECIPES = ("ErnieRecipe", "ErnieRecipeDPO")
@@ -112,11 +113,11 @@ def kinds_of(job) -> list[str]:
 
 
 def test_the_choices_are_those_of_the_engine():
-    assert nodes.ALGORITHMS == ADAPTER_ALGORITHMS
-    assert nodes.SIGMA_KINDS == SIGMA_KINDS
-    assert set(nodes.PRECISIONS) == set(typing.get_args(Precision))
-    assert set(nodes.OPTIMISERS) == set(typing.get_args(OptimiserName))
-    assert set(nodes.SCHEDULES) == set(typing.get_args(ScheduleName))
+    assert recipes.ALGORITHMS == ADAPTER_ALGORITHMS
+    assert recipes.SIGMA_KINDS == SIGMA_KINDS
+    assert set(recipes.PRECISIONS) == set(typing.get_args(Precision))
+    assert set(recipes.OPTIMISERS) == set(typing.get_args(OptimiserName))
+    assert set(recipes.SCHEDULES) == set(typing.get_args(ScheduleName))
 
 
 @pytest.mark.parametrize(("node_id", "objective"), zip(RECIPES, ("sft", "dpo"), strict=True))
@@ -128,11 +129,11 @@ def test_the_defaults_are_those_of_the_engine(node, node_id, objective):
 @pytest.mark.parametrize("node_id", RECIPES)
 def test_every_widget_of_a_recipe_has_its_place(classes, session, node_id):
     names = {item.id for item in classes[node_id].GET_SCHEMA().inputs} - {"settings"}
-    assert names <= nodes.PATHS.keys()
+    assert names <= recipes.PATHS.keys()
     values = recipe_from_dict({"name": "a", "models": {"transformer": ""}}).to_dict()
     for name in names:
         place = values
-        for key in nodes.PATHS[name]:
+        for key in recipes.PATHS[name]:
             place = place[key]
 
 
