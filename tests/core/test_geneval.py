@@ -97,6 +97,7 @@ def test_a_colour_that_nobody_looked_for_is_an_error():
         ((1, 0, 11, 10), set()),  # within 0.1 of both sizes
         ((2.1, 0, 12.1, 10), set()),  # beyond it by too small a part of the offset
         ((5, 0, 15, 10), {"right of"}),  # (5 - 0.1 * 20) / 5 = 0.6
+        ((4.1, 0, 14.1, 10), {"right of"}),  # (4.1 - 2) / 4.1 = 0.51
         ((3.9, 0, 13.9, 10), set()),  # (3.9 - 2) / 3.9 = 0.49
         ((0, 0, 10, 10), set()),
     ],
