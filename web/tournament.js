@@ -173,6 +173,7 @@ function makePanel () {
     closed = true
     window.removeEventListener('keydown', onKey, true)
     window.removeEventListener('keyup', swallow, true)
+    api.removeEventListener('execution_error', close)
     root.remove()
     if (panel?.root === root) panel = null
     before?.focus?.()
@@ -399,7 +400,9 @@ function makePanel () {
     const run = button('run', '', async () => {
       run.disabled = true
       tell(say('waiting'), true)
-      await app.queuePrompt(0, 1)
+      // What ComfyUI has to say of a workflow that fails would lie behind the panel.
+      api.addEventListener('execution_error', close, { once: true })
+      if (await app.queuePrompt(0, 1) === false) return close()
       while (!closed && !state) {
         await new Promise((resolve) => setTimeout(resolve, 700))
         const found = await look().catch(() => null)

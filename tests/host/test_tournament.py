@@ -453,6 +453,25 @@ def test_a_picture_that_is_gone_says_so_and_is_skipped(browser, place):
     browser.errors.clear()
 
 
+def test_a_workflow_that_fails_is_not_hidden_behind_the_panel(browser, place, workflow, tmp_path):
+    page = browser.page
+    graph = json.loads(workflow.read_text("utf-8"))
+    next(n for n in graph["nodes"] if n["type"] == "ErnieTournament")["widgets_values"][0:3] = [
+        "lost",
+        "ann",
+        "nowhere",
+    ]
+    (tmp_path / "lost.json").write_text(json.dumps(graph))
+    browser.open_workflow(tmp_path / "lost.json")
+    click_node_button(page)
+    page.locator(f"{PANEL} [data-action=run]").click()
+    page.wait_for_function(f"() => !document.querySelector('{PANEL}')", timeout=20_000)
+    assert "folder must be a folder of pictures" in place.server.log_text()
+    page.reload()
+    page.wait_for_function(comfyui_page.IS_READY, timeout=120_000)
+    browser.errors.clear()
+
+
 def test_it_speaks_chinese(browser, place, shot):
     place.server.post("/settings/Comfy.Locale", "zh")
     page = browser.page
