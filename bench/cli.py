@@ -15,17 +15,33 @@ BENCHMARKS = {
     "vae": "vae",
     "gpu": "gpu",
     "train": "train_step",
+    "scoring": "scoring",
     "tournament": "tournament",
+}
+
+# Trained and judged on the tiny model: minutes each, so `all` leaves them out and `lessons` runs them; TRAINING.md.
+LESSONS = {
+    "lora": "lora_learns",
+    "dpo": "dpo_prefers",
+    "options": "regions_styles_depth",
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the named benchmarks and print one table; 0 unless one could not run."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("names", nargs="+", choices=[*BENCHMARKS, "all"], metavar="NAME", help="|".join(BENCHMARKS))
+    parser.add_argument(
+        "names",
+        nargs="+",
+        choices=[*BENCHMARKS, "all", *LESSONS, "lessons"],
+        metavar="NAME",
+        help=f"{'|'.join(BENCHMARKS)}, all of these; or, minutes each: {'|'.join(LESSONS)}, all of these: lessons",
+    )
     names = parser.parse_args(arguments).names
     if "all" in names:
         names = list(BENCHMARKS)
+    if "lessons" in names:
+        names = list(LESSONS)
 
     import torch
 
@@ -36,6 +52,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for line in heading_lines():
         print(line)
     for name in names:
-        for row in importlib.import_module(f".{BENCHMARKS[name]}", __package__).measure():
+        for row in importlib.import_module(f".{(BENCHMARKS | LESSONS)[name]}", __package__).measure():
             print(table_line(row.cells()), flush=True)
     return 0
