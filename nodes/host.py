@@ -983,9 +983,11 @@ def place_scorer(network: torch.nn.Module) -> Callable[[], torch.device]:
     """Put a network under the host's memory manager; what is returned brings it to the device and says which."""
     import comfy.model_management as mm
 
-    mm.archive_model_dtypes(network)
+    held = torch.nn.Module()  # the host writes `device` on a model, which transformers' models do not allow
+    held.network = network
+    mm.archive_model_dtypes(held)
     patcher = _patcher_class(disable_dynamic=True)(
-        network, load_device=mm.get_torch_device(), offload_device=mm.text_encoder_offload_device()
+        held, load_device=mm.get_torch_device(), offload_device=mm.text_encoder_offload_device()
     )
 
     def bring() -> torch.device:

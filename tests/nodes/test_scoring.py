@@ -368,3 +368,94 @@ def test_the_report_refuses(call):
         call("ErnieScoreReport", scores=[scores, scores], images=[pictures()])
     with pytest.raises(ErnieError, match="must be the 4 scored pictures"):
         call("ErnieScoreReport", scores=[scores], images=[pictures(1)])
+
+
+# --- every widget ----------------------------------------------------------------------------------------------------
+
+WIDGETS = [
+    ("ErnieLoadScorer", "scorer_name", "built-in sharpness", {}),
+    ("ErnieLoadScorer", "kind", "pickscore", {"scorer_name": "clip_vision/clip/"}),
+    ("ErnieLoadScorer", "precision", "bf16", {"scorer_name": "clip_vision/clip/"}),
+    ("ErnieLoadScorer", "backbone", "scorers/ERNIE-Image-Aes/", {"scorer_name": "scorers/head.pth"}),
+    ("ErnieLoadScorer", "question", "plain", {"scorer_name": "scorers/ERNIE-Image-Aes/"}),
+    ("ErnieScoreImages", "folder", ["photos/cats"], {}),
+    ("ErnieScoreImages", "prompts", ["a boat"], {}),
+    ("ErnieScoreImages", "batch_size", [1], {}),
+    ("ErnieScoreImages", "draw", [True], {}),
+    ("ErnieScoreImages", "collect", [False], {}),
+    ("ErnieScoreImages", "save", ["table"], {}),
+    ("ErnieScoreImages", "name", ["elsewhere"], {"save": ["table"]}),
+    ("ErnieFilterByScore", "rule", ["threshold"], {}),
+    ("ErnieFilterByScore", "threshold", [0.0], {"rule": ["threshold"]}),
+    ("ErnieFilterByScore", "k", [2], {}),
+    ("ErnieFilterByScore", "share", [1.0], {"rule": ["top share"]}),
+    ("ErnieFilterByScore", "per_prompt", [True], {}),
+    ("ErnieBestOfN", "source", "a boat", {}),
+    ("ErnieBestOfN", "name", "elsewhere", {}),
+    ("ErnieBestOfN", "choice", "rerank 4, keep 1", {}),
+    ("ErnieBestOfN", "n", 2, {}),
+    ("ErnieBestOfN", "keep", 2, {}),
+    ("ErnieBestOfN", "rejected", "keep", {}),
+    ("ErnieBestOfN", "batch_size", 1, {}),
+    ("ErnieBestOfN", "negative", "a cat", {"cfg": 4.0}),
+    ("ErnieBestOfN", "width", 96, {}),
+    ("ErnieBestOfN", "height", 96, {}),
+    ("ErnieBestOfN", "preset", "Turbo 8 / 1", {}),
+    ("ErnieBestOfN", "steps", 2, {}),
+    ("ErnieBestOfN", "cfg", 4.0, {}),
+    ("ErnieBestOfN", "shift", 1.0, {"steps": 3}),
+    ("ErnieBestOfN", "seed", 8, {}),
+    ("ErnieScoreReport", "shown", [1], {}),
+    ("ErnieScoreReport", "name", ["tables"], {}),
+]
+
+
+@pytest.fixture
+def observe(call, parts, folder, session, monkeypatch):
+    """observe(node_id, **inputs) -> everything that comes out of the node or is written, from a fresh start."""
+    import shutil
+
+    batches = []
+    clip_scorer = call("ErnieLoadScorer", scorer_name="clip_vision/clip/").result[0]
+    plain = clip_scorer._score_batch
+    monkeypatch.setattr(clip_scorer, "_score_batch", lambda x, *more: (batches.append(len(x)), plain(x, *more))[1])
+    scores = call("ErnieScoreImages", scorer=[BuiltinScorer()], folder=["photos"], prompts=["a\nb\na\nb"]).result[1]
+    sockets = {
+        "ErnieLoadScorer": {"scorer_name": "built-in combined"},
+        "ErnieScoreImages": {"scorer": [clip_scorer], "folder": ["photos"], "prompts": ["a fox"]},
+        "ErnieFilterByScore": {"scores": [scores]},
+        "ErnieBestOfN": parts | {"scorer": clip_scorer},
+        "ErnieScoreReport": {"scores": [scores]},
+    }
+
+    def look(node_id, **inputs):
+        shutil.rmtree(session.output, ignore_errors=True)
+        batches.clear()
+        try:
+            result = call(node_id, **sockets[node_id] | inputs).result
+        except ErnieError as e:
+            return str(e)
+        if node_id == "ErnieLoadScorer":
+            result = (result[0].key, result[0].name)
+        written = sorted(p.relative_to(session.output).as_posix() for p in session.output.rglob("*") if p.is_file())
+        return [seen(value) for value in result], written, list(batches)
+
+    return look
+
+
+def seen(value):
+    """Something that is equal for equal outputs; pictures by their bytes."""
+    if isinstance(value, torch.Tensor):
+        return tuple(value.shape), hash(value.numpy().tobytes())
+    return [seen(v) for v in value] if isinstance(value, list) else str(value)
+
+
+@pytest.mark.parametrize(("node_id", "widget", "other", "context"), WIDGETS, ids=lambda v: v if type(v) is str else "")
+def test_every_widget_matters(observe, node_id, widget, other, context):
+    assert observe(node_id, **context) != observe(node_id, **context | {widget: other})
+
+
+def test_no_widget_is_left_out_above(classes):
+    kinds = ("COMBO", "BOOLEAN", "STRING", "INT", "FLOAT")
+    everything = {(n, i.id) for n in DEFAULTS for i in classes[n].GET_SCHEMA().inputs if i.get_io_type() in kinds}
+    assert {(n, w) for n, w, *_ in WIDGETS} == everything

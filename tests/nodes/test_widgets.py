@@ -166,6 +166,12 @@ def test_no_widget_is_left_out_above(node_classes, recording):
         for item in node_classes[node_id].GET_SCHEMA().inputs
         if item.get_io_type() in ("COMBO", "BOOLEAN", "STRING", "INT", "FLOAT")
     }
+    elsewhere |= {  # all of these in test_scoring.py, with small scorers
+        (node_id, item.id)
+        for node_id in ("ErnieLoadScorer", "ErnieScoreImages", "ErnieFilterByScore", "ErnieBestOfN", "ErnieScoreReport")
+        for item in node_classes[node_id].GET_SCHEMA().inputs
+        if item.get_io_type() in ("COMBO", "BOOLEAN", "STRING", "INT", "FLOAT")
+    }
     elsewhere |= {  # all of these in test_benchmark.py, with rated pictures and files of results
         (node_id, item.id)
         for node_id in ("ErnieAestheticBenchmark", "ErniePromptBenchmark")
