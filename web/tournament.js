@@ -402,7 +402,8 @@ function makePanel () {
       tell(say('waiting'), true)
       // What ComfyUI has to say of a workflow that fails would lie behind the panel.
       api.addEventListener('execution_error', close, { once: true })
-      if (await app.queuePrompt(0, 1) === false) return close()
+      await app.queuePrompt(0, 1) // what it returns is not the same thing in every version
+      if (Object.keys(app.lastNodeErrors ?? {}).length) return close()
       while (!closed && !state) {
         await new Promise((resolve) => setTimeout(resolve, 700))
         const found = await look().catch(() => null)
