@@ -117,8 +117,10 @@ def serve(
     own, for this server's own pages only: a page elsewhere gets 403. A mapping is answered as JSON, bytes as a JPEG;
     an ErnieError becomes {"error": text} with its status in `statuses`, else 400.
     """
-    from server import PromptServer
-
+    try:
+        from server import PromptServer
+    except ImportError:  # a program that loads packs without the host's server
+        return
     server = getattr(PromptServer, "instance", None)
     if server is None:
         return
