@@ -11,7 +11,10 @@ load_pack()
 from node_schemas import find_classes  # noqa: E402
 from recording_host import RecordingHost  # noqa: E402
 
-NODE_FILES = ("loading", "text", "sampling", "batch", "lora", "dataset", "training", "tournament", "benchmark", "scoring")
+NODE_FILES = (
+    *("loading", "text", "sampling", "batch", "lora"),
+    *("dataset", "recipes", "training", "tournament", "benchmark", "scoring"),
+)
 
 
 @pytest.fixture(scope="session")
