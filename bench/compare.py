@@ -20,7 +20,9 @@ class Row:
     ours: str
     target: str
     met: bool | None
-    """None: this machine cannot tell."""
+    """None: see `untold`."""
+    untold: str = "not measurable here"
+    """What the verdict says where `met` is None."""
     peer_name: str = ""
     peer: str = ""
     ratios: tuple[float, ...] = ()
@@ -36,7 +38,7 @@ class Row:
         if len(self.ratios) > 1:
             low, _, high = quantiles(self.ratios, n=4)
             ratio += f" [{low:.2f}-{high:.2f}]"
-        verdict = "not measurable here" if self.met is None else "met" if self.met else "missed"
+        verdict = self.untold if self.met is None else "met" if self.met else "missed"
         return (
             self.name,
             self.ours,

@@ -27,8 +27,7 @@ from ..tiny.evaluate import evaluate
 from ..tiny.novel import SHAPES_AND_NOVEL, concept_prompts, concept_scenes, write_concept_dataset
 from ..tiny.scenes import Scene, heldout_prompts
 from .compare import Row
-from .lora_learns import HEARTS, OPTIONS, RECIPE, REPEATS
-from .lora_learns import make_data as make_hearts_and_own
+from .lora_learns import HEARTS, RECIPE, REPEATS, own_pictures
 from .tiny_runs import WORK, load_tiny, percent, remember, run_job, with_lora
 
 SEEDS = (0, 1)
@@ -74,11 +73,8 @@ def word(scene: Scene, style: str) -> str:
 
 def make_data(pipeline: Pipeline, styles: Collection[str] = ()) -> Dataset:
     """Hearts with captions in `styles` and the base's own pictures, as in `lora_learns`."""
-    make_hearts_and_own(pipeline, preserve=True)
     hearts = write_hearts(WORK / "-".join(["hearts", "boxes", *styles]), styles)
-    return join_datasets(
-        [read_dataset(hearts, "metadata", OPTIONS), read_dataset(WORK / "hearts" / "1_own", "folder", OPTIONS)]
-    )
+    return join_datasets([read_dataset(hearts, "metadata"), own_pictures(pipeline)])
 
 
 def hearts_right(pipeline: Pipeline, style: str | None = None) -> float:
@@ -149,4 +145,5 @@ def measure() -> Iterator[Row]:
                 peer=percent(results["base"][0][what]) if name == peer else " ".join(map(percent, theirs)),
                 target="reported as found",
                 met=None,
+                untold="shown beside it",
             )
