@@ -243,7 +243,7 @@ def region_weights(regions: Sequence[Box] | Tensor, height: int, width: int, w_l
     """
     if w_l < 0:
         raise ErnieError(f"w_l must be 0 (off) or more, got {w_l:g}.")
-    if isinstance(regions, Tensor):
+    if not isinstance(regions, Sequence):
         inside = F.adaptive_avg_pool2d(regions.float()[None, None], (height, width))[0, 0]
         return 1 + w_l * inside.clamp(0, 1)
     inside = torch.zeros(height, width)

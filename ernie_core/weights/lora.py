@@ -169,7 +169,7 @@ def module_shapes(model: nn.Module) -> dict[str, Shape]:
 def weight_shapes(tensors: Mapping[str, Tensor | Shape]) -> dict[str, Shape]:
     """{module path: weight shape} of a transformer's state dict, or of its shapes, under our names."""
     return {
-        name.removesuffix(".weight"): tuple(t.shape) if isinstance(t, Tensor) else tuple(t)
+        name.removesuffix(".weight"): tuple(t) if isinstance(t, tuple) else tuple(t.shape)
         for name, t in tensors.items()
         if name.endswith(".weight")
     }
