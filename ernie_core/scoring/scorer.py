@@ -128,11 +128,8 @@ def _flatten(image_HWC: np.ndarray) -> np.ndarray:
 
 def iter_rgb(images: Tensor | Iterable[Picture]) -> Iterator[np.ndarray]:
     """`to_rgb` of each, one at a time."""
-    if isinstance(images, (Tensor, np.ndarray)) and images.ndim == 3:
-        images = images[None]
-    elif isinstance(images, (str, Path, Image.Image)):
-        images = [images]
-    for number, image in enumerate(images, start=1):
+    alone = isinstance(images, (str, Path, Image.Image)) or getattr(images, "ndim", 4) == 3
+    for number, image in enumerate([images] if alone else images, start=1):
         yield to_rgb(image, f"picture {number}")
 
 
