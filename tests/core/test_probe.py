@@ -3,6 +3,7 @@
 import pytest
 from ernie_pack.ernie_core.errors import ErnieError
 from ernie_pack.ernie_core.training.probe import STEPS, probe
+from ernie_pack.ernie_core.training.trainer import Trainer
 from random_models import write_random_models
 from training_jobs import model_paths, small_recipe
 
@@ -21,9 +22,18 @@ def test_three_steps_are_measured(objective, models):
     assert cost.peak_bytes is None
 
 
-def test_larger_pictures_cost_more(models):
-    small, large = (min(probe(small_recipe(models), (px, px), device="cpu").seconds) for px in (64, 768))
-    assert large > 2 * small
+def test_steps_are_measured_at_the_size_that_was_asked_for(models, monkeypatch):
+    seen = []
+    step = Trainer.train_step
+
+    def watched(self, number):
+        seen.append([tuple(batch.latents_BCHW.shape) for batch in self.feed.micro_batches(number)])
+        return step(self, number)
+
+    monkeypatch.setattr(Trainer, "train_step", watched)
+    recipe = small_recipe(models)
+    probe(recipe, (128, 80), device="cpu")
+    assert seen == [[(recipe.batch_size, 128, 5, 8)] * recipe.accumulation] * (1 + STEPS)
 
 
 def test_models_that_are_not_there_are_named(models, tmp_path):
