@@ -1,4 +1,4 @@
-"""The nodes, as one ComfyUI extension. A node is a schema and one call; only `host.py` touches the host's internals."""
+"""The nodes, as one ComfyUI extension. A node is a schema and one call; only `host/` touches the host's internals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What nodes need from outside, with plain files: the standalone twin of `nodes/host.py`, same names, same signatures.
+"""What nodes need from outside, with plain files: the standalone twin of `nodes/host/`, same names, same signatures.
 
 Models come from a folder cut like ComfyUI's (`diffusion_models/`, `text_encoders/`, `vae/`) or from official folders
 in it; when no folder is given the pack's tiny model stands in for the released files. Noise, sigma mixing, noise masks

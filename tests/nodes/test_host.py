@@ -3,7 +3,6 @@
 import asyncio
 import errno
 import importlib
-import importlib.util
 import json
 import logging
 import sys
@@ -12,6 +11,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from comfyui_port import load_port
 from ernie_pack.ernie_core.errors import CheckpointError, ErnieError
 from PIL import Image
 
@@ -21,11 +21,8 @@ NODES = len(json.loads((ROOT / "tests" / "nodes" / "schemas.json").read_text(enc
 
 @pytest.fixture(scope="module")
 def host():
-    """nodes/host.py itself; under its own name the standalone host is loaded."""
-    spec = importlib.util.spec_from_file_location("ernie_pack.nodes.comfyui_host", ROOT / "nodes" / "host.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    """nodes/host/ itself; under its own name the standalone host is loaded."""
+    return load_port()
 
 
 def fake_module(monkeypatch, name: str, **content) -> None:
@@ -99,7 +96,7 @@ def test_a_full_disk_leaves_nothing_half_written(host, png, monkeypatch, tmp_pat
     def full(fd):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(host.os, "fsync", full)
+    monkeypatch.setattr(host.pictures.os, "fsync", full)
     with pytest.raises(ErnieError, match=r"a\.png could not be written \(No space left on device\)"):
         png()
     assert list(tmp_path.iterdir()) == []
@@ -115,7 +112,7 @@ def model(channels: int = 128, **parts):
 
 
 def test_an_ernie_model_passes(host):
-    assert host._check_model(model()).text_proj.in_features == 48
+    assert host.models.check_model(model()).text_proj.in_features == 48
 
 
 @pytest.mark.parametrize(
@@ -132,7 +129,7 @@ def test_an_ernie_model_passes(host):
 )
 def test_another_model_is_refused_before_sampling(host, value, message):
     with pytest.raises(ErnieError, match=message):
-        host._check_model(value)
+        host.models.check_model(value)
 
 
 @pytest.mark.parametrize(
@@ -147,35 +144,35 @@ def test_another_model_is_refused_before_sampling(host, value, message):
 def test_another_latent_is_refused_before_sampling(host, monkeypatch, samples, message):
     fake_module(monkeypatch, "comfy.sample")
     with pytest.raises(ErnieError, match=message):
-        host._check_latent(model(), {"samples": samples})
+        host.sampling._check_latent(model(), {"samples": samples})
 
 
 def test_another_conditioning_is_refused_before_sampling(host):
     with pytest.raises(ErnieError, match=r"positive \[batch, tokens, 48\] expected, got \[1, 3, 4096\]: another model"):
-        host._check_conditioning(network(), "positive", [[torch.zeros(1, 3, 4096), {}]])
+        host.sampling._check_conditioning(network(), "positive", [[torch.zeros(1, 3, 4096), {}]])
 
 
 def test_an_empty_conditioning_is_refused_before_sampling(host):
     with pytest.raises(ErnieError, match="negative is empty: encode a prompt"):
-        host._check_conditioning(network(), "negative", [])
+        host.sampling._check_conditioning(network(), "negative", [])
 
 
 def test_a_long_prompt_is_cut_with_a_count(host, caplog):
-    tokenizer = host.ClipTokenizer(SimpleNamespace(encode=lambda text, max_tokens: list(range(3001))))
+    tokenizer = host.text.ClipTokenizer(SimpleNamespace(encode=lambda text, max_tokens: list(range(3001))))
     with caplog.at_level(logging.WARNING):
-        tokens = tokenizer.tokenize_with_weights("x")[host.TOKENS_KEY]
+        tokens = tokenizer.tokenize_with_weights("x")[host.text.TOKENS_KEY]
     assert [len(section) for section in tokens] == [2048]
     assert "has 3001 tokens, the text encoder reads 2048: the last 953 are cut off" in caplog.text
 
 
 def test_brackets_in_a_prompt_are_text(host):
     seen = []
-    tokenizer = host.ClipTokenizer(SimpleNamespace(encode=lambda text, max_tokens: seen.append(text) or [1, 5]))
-    assert tokenizer.tokenize_with_weights("(word:1.2)")[host.TOKENS_KEY] == [[(1, 1.0), (5, 1.0)]]
+    tokenizer = host.text.ClipTokenizer(SimpleNamespace(encode=lambda text, max_tokens: seen.append(text) or [1, 5]))
+    assert tokenizer.tokenize_with_weights("(word:1.2)")[host.text.TOKENS_KEY] == [[(1, 1.0), (5, 1.0)]]
     assert seen == ["(word:1.2)"]
 
 
 def test_weights_that_do_not_fit_are_counted_and_named(host):
     layer = torch.nn.Linear(2, 2)
     with pytest.raises(CheckpointError, match=r"file.x does not fit: 1 tensors missing \(bias\), 1 unknown \(other\)"):
-        host.load_strictly(layer, {"weight": layer.weight, "other": layer.bias}, assign=False, what="file.x")
+        host.models.load_strictly(layer, {"weight": layer.weight, "other": layer.bias}, assign=False, what="file.x")

@@ -1,0 +1,39 @@
+"""ComfyUI as host: the only folder that touches comfy.*, folder_paths, latent_preview and server.
+
+The port that the nodes use, one file per subject; `standalone/host.py` offers the same functions without ComfyUI. Facts
+about the host are from 0.12.1 and 0.33.0. Host modules are imported where they are used, so that these files can be
+imported anywhere.
+"""
+
+from .files import (
+    checkpoints_folder,
+    input_folder,
+    jobs_folder,
+    list_loras,
+    list_models,
+    lora_path,
+    loras_folder,
+    model_path,
+    models_folder,
+    output_folder,
+    picture_folders,
+    user_folder,
+)
+from .loras import apply_lora, lora_shapes
+from .models import make_model, num_blocks, set_shift, skip_blocks
+from .pictures import save_png
+from .routes import serve
+from .runtime import (
+    block_output,
+    device,
+    host_version,
+    is_interrupted,
+    progress,
+    show_text,
+    throw_if_interrupted,
+    unload_models,
+)
+from .sampling import empty_latent, sample
+from .scorers import list_scorers, place_scorer, scorer_layers, scorer_path, tokenizer_folders
+from .text import encode_prompt, make_clip, make_enhancer
+from .vae import decode, make_vae
