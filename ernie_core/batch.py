@@ -13,7 +13,7 @@ import io
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from .config import MAX_SIZE, MAX_STEPS, check_size
 from .errors import ErnieError
+from .wildcards import Wildcards
 
 logger = logging.getLogger(__name__)
 
@@ -233,6 +234,50 @@ def _make_row(label: str, values: dict[str, Any], defaults: Row, place: int) -> 
     if not (0 < row.shift < float("inf")):
         raise ErnieError(f"shift must be above 0, got {row.shift:g}")
     return row
+
+
+def vary_rows(
+    rows: Sequence[Row], *, variations: int = 1, wildcards: Wildcards | None = None, seed: int = 0
+) -> tuple[list[Row], list[Problem]]:
+    """Each row `variations` times with seeds that count up, its choices made; and the rows whose choices failed.
+
+    Args:
+        wildcards: makes the choices of prompt and negative; None = braces and double underscores are plain text.
+        seed: what the choices follow from, together with the place among all variations.
+
+    Raises:
+        ErnieError: not one row is usable.
+    """
+    varied: list[Row] = []
+    failed: dict[tuple[str, str], list[str]] = {}  # (row, reason) -> labels: a fault in the text is told once
+    for place, row in enumerate(rows):
+        for i in range(variations):
+            label = row.label if variations == 1 else f"{row.label} variation {i + 1}"
+            number = place * variations + i
+            try:
+                prompt, negative = _choose(row, wildcards, seed, number)
+            except ErnieError as e:
+                failed.setdefault((row.label, str(e)), []).append(label)
+                continue
+            varied.append(replace(row, label=label, prompt=prompt, negative=negative, seed=(row.seed + i) & MAX_SEED))
+    problems = [
+        Problem(label=labels[0] + (f" and {len(labels) - 1} more" if len(labels) > 1 else ""), reason=reason)
+        for (_, reason), labels in failed.items()
+    ]
+    if not varied:
+        raise ErnieError(f"no row is usable ({'; '.join(map(str, problems[:5]))}). Correct these and run again.")
+    return varied, problems
+
+
+def _choose(row: Row, wildcards: Wildcards | None, seed: int, number: int) -> tuple[str, str]:
+    """Prompt and negative with their choices made."""
+    if wildcards is None:
+        return row.prompt, row.negative
+    prompt = wildcards.expand(row.prompt, seed=seed, row=number).strip()
+    if not prompt:
+        raise ErnieError("its choices left no prompt")
+    # a stream of its own: a choice more in the prompt does not change the negative
+    return prompt, wildcards.expand(row.negative, seed=seed, row=-1 - number)
 
 
 def run_folder(output: Path, name: str) -> Path:

@@ -39,6 +39,7 @@ class ErnieExtension(ComfyExtension):
         from .text import ErnieEncodePrompt, ErnieEnhancePrompt
         from .tournament import ErniePairsFromScores, ErnieTournament
         from .training import ErniePreflight, ErnieReducedDepth, ErnieTrain, ErnieTrainingReport
+        from .wildcards import ErnieWildcards
 
         return [
             ErnieLoadImageModel,
@@ -48,6 +49,7 @@ class ErnieExtension(ComfyExtension):
             ErnieLoadVAE,
             ErnieEncodePrompt,
             ErnieEnhancePrompt,
+            ErnieWildcards,
             ErnieEmptyLatent,
             ErnieSampler,
             ErnieSigmas,

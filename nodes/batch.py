@@ -6,6 +6,7 @@ from comfy_api.latest import io
 
 from . import host
 from .sampling import CUSTOM, MAX_SEED, PRESETS, cfg_input, preset_settings, shift_input, size_inputs, steps_input
+from .wildcards import find_wildcards
 
 CATEGORY = "ERNIE/batch"
 ROW_TOOLTIP = " For rows without a %s column."
@@ -75,6 +76,23 @@ class ErnieBatchFromPrompts(io.ComfyNode):
                     "lists "
                     "too long for memory (12 MB per picture of 1024 x 1024).",
                 ),
+                io.Boolean.Input(
+                    "wildcards",
+                    default=False,
+                    tooltip="On: options in braces, separated by bars, and names of lists in input/wildcards between "
+                    "double underscores are chosen from, in prompt and negative; the help page shows every form. Off "
+                    "(neutral): these signs are plain text.",
+                    optional=True,
+                ),
+                io.Int.Input(
+                    "variations",
+                    default=1,
+                    min=1,
+                    max=100_000,
+                    tooltip="Pictures per row, 1 to 100000, 1 = neutral: the second gets the next seed and its own "
+                    "choices, and so on.",
+                    optional=True,
+                ),
             ],
             outputs=[
                 io.Image.Output(
@@ -90,36 +108,45 @@ class ErnieBatchFromPrompts(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, source: str, name: str, **others) -> list:
-        """Changes with the prompt files and with what lies in the folder, so that a deleted picture is made again."""
+    def fingerprint_inputs(cls, source: str, name: str, wildcards: bool = False, **others) -> list:
+        """Changes with the files read and with what lies in the folder, so that a deleted picture is made again."""
         from ..ernie_core.batch import fingerprint
 
-        return fingerprint(source, name, inputs=host.input_folder(), output=host.output_folder())
+        state = fingerprint(source, name, inputs=host.input_folder(), output=host.output_folder())
+        return [*state, *(find_wildcards().state() if wildcards else [])]
 
     @classmethod
     def execute(
-        cls, model, clip, vae, source, name, negative, width, height, preset, steps, cfg, shift, seed, collect
+        cls,
+        model,
+        clip,
+        vae,
+        source,
+        name,
+        collect,
+        seed,
+        wildcards=False,
+        variations=1,
+        **settings,
     ) -> io.NodeOutput:
-        from ..ernie_core.batch import Row, read_image, read_rows, run_folder, run_rows
+        from ..ernie_core.batch import read_image, read_rows, run_folder, run_rows, vary_rows
 
-        steps, cfg = preset_settings(preset, steps, cfg)
-        defaults = Row(
-            label="",
-            prompt="",
-            negative=negative,
-            seed=seed,
-            width=width,
-            height=height,
-            steps=steps,
-            cfg=cfg,
-            shift=shift,
-        )
-        rows, problems = read_rows(source, defaults, folder=host.input_folder())
+        rows, problems = read_rows(source, default_row(seed=seed, **settings), folder=host.input_folder())
+        choices = find_wildcards() if wildcards else None
+        rows, more = vary_rows(rows, variations=variations, wildcards=choices, seed=seed)
         folder = run_folder(host.output_folder(), name)
         result = run_rows(rows, folder, **callbacks(model, clip, vae, cls.hidden))
         images = [read_image(path)[None] for path in result.files] if collect else []
-        report = result.report(problems)
+        report = result.report([*problems, *more])
         return io.NodeOutput(images, report, ui={"text": [report]})
+
+
+def default_row(*, preset: str, steps: int, cfg: float, prompt: str = "", **settings):
+    """A row with the widgets' values."""
+    from ..ernie_core.batch import Row
+
+    steps, cfg = preset_settings(preset, steps, cfg)
+    return Row(label="", prompt=prompt, steps=steps, cfg=cfg, **settings)
 
 
 def callbacks(model, clip, vae, hidden) -> dict:

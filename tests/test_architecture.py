@@ -17,7 +17,7 @@ HEAVY = {"torch", "transformers", "numpy", "diffusers", "xformers", "safetensors
 # Inside the engine imports point downwards only: a file may import files of earlier levels, or of its own.
 LEVELS = [
     {"errors"},
-    {"config"},
+    {"config", "wildcards"},
     {"sampling.inputs", "sampling.schedule", "sampling.latents", "sampling.guidance", "model.rope", "model.attention"},
     {"model.dit", "model.vae", "model.text_encoder", "model.enhancer", "sampling.samplers"},
     {"weights.layouts", "weights.quantise", "weights.checkpoint", "weights.download", "weights.lora"},

@@ -9,6 +9,7 @@ from ernie_pack.ernie_core.errors import ErnieError
 WIDGETS = {
     **{"source": "one\ntwo", "name": "run", "negative": "bad", "width": 32, "height": 48, "preset": "custom"},
     **{"steps": 2, "cfg": 3.0, "shift": 4.0, "seed": 10, "collect": True},
+    **{"wildcards": False, "variations": 1},
 }
 SOCKETS = {"model": "MODEL", "clip": "CLIP", "vae": "VAE"}
 
@@ -80,3 +81,53 @@ def test_progress_names_the_row_and_can_stop(run, recording, monkeypatch):
     monkeypatch.setattr(type(recording), "show_text", lambda self, node, text: shown.append((node, text)))
     announce("7", 2, 9, SimpleNamespace(label="row 4", prompt="a cat"))
     assert shown == [("7", "2 of 9 (row 4): a cat")]
+
+
+def write_colours(tmp_path):
+    folder = tmp_path / "input" / "wildcards"
+    folder.mkdir(parents=True)
+    (folder / "colours.txt").write_text("red\nblue\n")
+
+
+def test_braces_are_plain_text_until_wildcards_is_on(run, recording, tmp_path):
+    write_colours(tmp_path)
+    batch(run, source="a {x} __colours__")
+    assert samples(recording)[0][1] == [["a {x} __colours__", {}]]
+
+
+def test_variations_count_seeds_up_and_choose_anew(run, recording, tmp_path):
+    write_colours(tmp_path)
+    _, report = batch(run, source="a __colours__ fox\n{broken", wildcards=True, variations=6).result
+    found = [(call[1][0][0], call[6]) for call in samples(recording)]
+    assert [seed for _, seed in found] == list(range(10, 16))
+    assert {text for text, _ in found} == {"a red fox", "a blue fox"}
+    assert "row 2 variation 1 and 5 more: the prompt has a { without its }" in report
+    assert "12 made" not in report
+
+
+def test_the_same_choices_are_made_again(run, recording, tmp_path):
+    write_colours(tmp_path)
+    batch(run, source="a __colours__ fox", wildcards=True, variations=6)
+    recording.calls.clear()
+    _, report = batch(run, source="a __colours__ fox", wildcards=True, variations=6).result
+    assert not samples(recording)
+    assert report.startswith("0 made, 6 already there")
+
+
+def test_no_row_with_a_prompt_left_is_an_error(run, recording):
+    with pytest.raises(ErnieError, match=r"no row is usable .*left no prompt"):
+        batch(run, source="{}", wildcards=True)
+    assert not recording.calls
+
+
+def test_the_batch_makes_the_choices_of_the_wildcards_node(run, recording):
+    text = "{a|b|c|d} {a|b|c|d}"
+    batch(run, source=f"{text}\n{text}", wildcards=True)
+    rows = [call[1][0][0] for call in samples(recording)]
+    assert rows == [run("ErnieWildcards", text=text, seed=10, row=i, folder="wildcards").result[0] for i in (0, 1)]
+
+
+def test_weights_of_words_are_said_to_be_plain_text(run):
+    prompt, report = run("ErnieWildcards", text="a (red:1.2) fox", seed=0, row=0, folder="wildcards").result
+    assert prompt == "a (red:1.2) fox"
+    assert report.endswith("Read as plain text, not as weights: (red:1.2)")

@@ -59,5 +59,5 @@ def saved_pictures(prompt: dict) -> int:
         if node["class_type"] in ("ErnieBatchFromPrompts", "ErnieBestOfN"):
             lines = node["inputs"]["source"].splitlines()
             prompts = sum(bool(line.strip()) and not line.startswith("#") for line in lines)
-            count += prompts * node["inputs"].get("keep", 1)
+            count += prompts * node["inputs"].get("keep", 1) * node["inputs"].get("variations", 1)
     return count

@@ -26,6 +26,7 @@ NAMES = [
     "train_dpo",
     "train_lora",
     "turbo",
+    "wildcards",
 ]
 HUB = "https://huggingface.co/Comfy-Org/ERNIE-Image/resolve/main/"  # as core's own ERNIE-Image blueprints have it
 MODEL_WIDGETS = {"model_name", "encoder_name", "enhancer_name", "vae_name"}
