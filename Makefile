@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Test processes, one thread each.
+WORKERS ?= 2
 # glibc hands large blocks back to the kernel after every tensor; keeping them makes torch on the CPU up to 3x faster.
 export MALLOC_MMAP_MAX_ ?= 0
 export MALLOC_TRIM_THRESHOLD_ ?= 100000000000
@@ -19,7 +21,7 @@ test: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
-	$(BIN)/python -m pytest -q -m "not host and not gpu"
+	$(BIN)/python -m pytest -q -m "not host and not gpu" -n $(WORKERS) --dist loadfile
 
 # A real ComfyUI: make test-host COMFYUI_DIR=/path/to/ComfyUI COMFYUI_PYTHON=/path/to/its/python
 # (the python that ComfyUI runs with; ours is used where none is named). Pages are opened in the chromium on PATH.

@@ -165,7 +165,7 @@ def test_rows_that_cannot_be_used_are_listed_and_the_others_are(rated):
         (lambda f: write_rows(f / "a.json", [{"x": 1}]), "holds no rated image: a.json row 1: left out: it names no"),
         (lambda f: (write_rows(f / "a.json", [{"x": 1}]), write_rows(f / "b.json", [{"x": 1}]))[0].parent, "several"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_what_is_no_rated_set_is_an_error(rated, make, text):
     with pytest.raises(ErnieError, match=text):

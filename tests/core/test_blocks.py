@@ -106,7 +106,7 @@ def test_blocks_run_the_same_way_beside_the_hosts_patches(setup):
     with torch.no_grad(), setup.views.active("policy"):
         options = {"run_block": counted, "text_lengths": (7, 4)}
         found = setup.model(*setup.inputs, transformer_options={"patches": {}}, **options)
-    assert torch.equal(found, setup.velocity())
+        assert torch.equal(found, setup.velocity())  # with gradients some processors take other kernels
     assert calls == [0, 1, 2]
 
 

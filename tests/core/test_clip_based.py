@@ -134,7 +134,8 @@ def test_old_buffers_are_left_out(models, tmp_path):
         (tmp_path / name).write_bytes((models / "PickScore_v1" / name).read_bytes())
     save_file({**{k: v.clone() for k, v in weights.tensors.items()}, **extra}, tmp_path / "model.safetensors")
     ours = load_scorer(tmp_path, kind="pickscore").score(pictures(), "fox")
-    assert ours == load_scorer(models / "PickScore_v1").score(pictures(), "fox")
+    # Not to the bit: tensors read from two files lie differently in memory, and kernels follow.
+    assert ours == pytest.approx(load_scorer(models / "PickScore_v1").score(pictures(), "fox"), abs=1e-5)
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------
