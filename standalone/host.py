@@ -435,6 +435,17 @@ def _bring(module: Any) -> Any:
     return module.to(where)
 
 
+def _too_large(module: Any) -> bool:
+    """Whether the device could not hold `module` with 2 GiB to compute in, were it empty."""
+    import torch
+
+    where = device()
+    if where.type == "cpu":
+        return False
+    needed = sum(t.nbytes for t in (*module.parameters(), *module.buffers()))
+    return needed + 2 * 2**30 > torch.cuda.mem_get_info(where)[1]
+
+
 def make_model(component: Any, *, weight_dtype: str = "default") -> Model:
     from ..ernie_core.weights.checkpoint import build_transformer
 
@@ -565,11 +576,17 @@ def scorer_layers() -> Any:
 
 
 def place_scorer(network: Any) -> Callable[[], torch.device]:
-    """Return what brings a network to the device and says which."""
+    """Return what brings a network to the device, its layers one by one where it is too large, and says which."""
+    streamed = []
 
     def bring() -> torch.device:
         throw_if_interrupted()
-        _bring(network)
+        if not streamed and network not in _resident and _too_large(network):
+            from ..ernie_core.scoring.streaming import stream_layers
+
+            streamed.append(stream_layers(network, device()))
+        if not streamed:
+            _bring(network)
         return device()
 
     return bring

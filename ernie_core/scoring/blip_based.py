@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from .clip_based import prepare_cropped
-from .network import Bring, Place, Precision, Weights, bring_buffers, fill, require_transformers, stay
+from .network import Bring, Place, Precision, Weights, fill, require_transformers, stay
 from .scorer import DEFAULT_BATCH, Picture, score_stream
 
 REWARD_MEAN, REWARD_STD = 0.16717362830052426, 1.0333394966054072  # ImageReward.py
@@ -212,7 +212,6 @@ class ImageReward:
     @torch.inference_mode()
     def _score_batch(self, pixels_BCHW: Tensor, texts: list[str]) -> Tensor:
         device = self._bring()
-        bring_buffers(self.network, device)
         text = self.tokenizer(
             texts, padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt"
         ).to(device)

@@ -33,7 +33,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import CheckpointError, ErnieError
-from .network import Bring, Place, Precision, Weights, bring_buffers, fill, require_transformers, stay
+from .network import Bring, Place, Precision, Weights, fill, require_transformers, stay
 from .scorer import DEFAULT_BATCH, Picture, score_stream
 
 logger = logging.getLogger(__name__)
@@ -373,7 +373,6 @@ class ClipScorer:
     @torch.inference_mode()
     def _score_batch(self, pixels_BCHW: Tensor, texts: list[str], prompts: Prompts) -> Tensor:
         device = self._bring()
-        bring_buffers(self.network, device)
         dtype = self.network.visual_projection.weight.dtype
         cosine_B = (image_features(self.network, pixels_BCHW.to(device, dtype)) * prompts.features(texts, device)).sum(
             dim=-1
@@ -479,7 +478,6 @@ class LaionAesthetic:
     @torch.inference_mode()
     def _score_batch(self, pixels_BCHW: Tensor) -> Tensor:
         device = self._bring()
-        bring_buffers(self.network, device)
         dtype = self.network.visual_projection.weight.dtype
         features_BD = image_features(self.network, pixels_BCHW.to(device, dtype))
         return features_BD @ self.weight_D.to(device) + self.bias

@@ -21,7 +21,7 @@ from .clip_based import (
     read_tokenizer,
 )
 from .ernie_aes import PromptStyle, is_internvl, load_ernie_aes
-from .network import Place, Precision, Weights, fingerprint, read_weights, stay
+from .network import LOW_BIT, Place, Precision, Weights, fingerprint, read_weights, stay
 from .scorer import Scorer
 
 BUILTIN = "built-in "
@@ -72,7 +72,8 @@ def load_scorer(
         backbone: for a LAION head: CLIP ViT-L/14, whole or its picture side; None = the first of `backbones` that
             fits.
         tokenizer_folders: where CLIP's (or BERT's) tokenizer is looked for, after the weights' own folder.
-        precision: None = bf16 for ERNIE-Image-Aes, fp32 for the others, whose scores lie close together.
+        precision: None = bf16 for ERNIE-Image-Aes (nf4 for a file in 4 bits), fp32 for the others, whose scores lie
+            close together.
         style: how ERNIE-Image-Aes is asked.
         ops, place: the host's layers and memory manager.
 
@@ -107,8 +108,8 @@ def _load(
     names = set(weights.tensors)
     if is_internvl(names):
         _refuse_kind(kind, path, "ERNIE-Image-Aes")
-        return load_ernie_aes(weights, precision=precision or "bf16", style=style, ops=ops, place=place)
-    if precision in ("int8", "fp8"):
+        return load_ernie_aes(weights, precision=precision, style=style, ops=ops, place=place)
+    if precision in LOW_BIT:
         raise ErnieError(
             f"precision {precision} is for ERNIE-Image-Aes; {path.name} is small: take fp32, fp16 or bf16."
         )

@@ -1,8 +1,8 @@
 """Weights of scorers: reading them from what people have, and filling networks of transformers with them.
 
 Networks are built on the meta device and take the tensors of the memory-mapped file one by one, so no weight exists
-twice; 8-bit layers are made on the way. Old PyTorch files (.pt, .pth, .bin) are read with weights_only: they can hold
-tensors, never code.
+twice; 8-bit and 4-bit layers are made on the way. Old PyTorch files (.pt, .pth, .bin) are read with weights_only: they
+can hold tensors, never code.
 """
 
 from __future__ import annotations
@@ -21,12 +21,14 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError, ErnieError
 from ..weights.checkpoint import read_tensors
+from ..weights.four_bit import FourBit, FourBitLinear, quantise_nf4
 from ..weights.quantise import QuantisedLinear, quantise_rows
 
 logger = logging.getLogger(__name__)
 
-Precision = Literal["bf16", "fp16", "fp32", "int8", "fp8"]
-PRECISIONS: tuple[Precision, ...] = ("bf16", "fp16", "fp32", "int8", "fp8")
+Precision = Literal["bf16", "fp16", "fp32", "int8", "fp8", "nf4"]
+PRECISIONS: tuple[Precision, ...] = ("bf16", "fp16", "fp32", "int8", "fp8", "nf4")
+LOW_BIT: tuple[Precision, ...] = ("int8", "fp8", "nf4")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 
@@ -145,19 +147,23 @@ class MovedLinear(QuantisedLinear):
         return F.linear(input, (weight.to(input.dtype) * scale.to(input.dtype)), bias)
 
 
+LowBitLinear = (MovedLinear, FourBitLinear)
+
+
 def fill(
     network: nn.Module,
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor | FourBit],
     *,
     precision: Precision,
     source: Path,
     ops: Any = None,
-    in_8_bit: Callable[[str], bool] = lambda _layer: False,
+    in_low_bits: Callable[[str], bool] = lambda _layer: False,
 ) -> nn.Module:
     """`network`, which lies on the meta device, with these weights, frozen and in eval mode; all of them or an error.
 
     Args:
-        precision: of the weights; int8 and fp8 hold for the linear layers `in_8_bit` says, the rest is bf16.
+        precision: of the weights; int8, fp8 and nf4 hold for the linear layers `in_low_bits` says, the rest is bf16.
+            A file's own 4-bit weights stay as they are with nf4, and are multiplied out with any other.
         source: for messages.
         ops: namespace with Linear, Embedding, Conv2d and LayerNorm (a host's, that casts and streams); None = torch.nn.
 
@@ -173,25 +179,33 @@ def fill(
     rest: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         layer, _, leaf = name.rpartition(".")
-        if leaf == "bias" and isinstance(network.get_submodule(layer), QuantisedLinear):
-            continue
-        quantised = precision in ("int8", "fp8") and leaf == "weight" and in_8_bit(layer)
-        if not quantised or tensor.ndim != 2:
-            rest[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
-            continue
-        assert precision in ("int8", "fp8")
-        weight, scale = quantise_rows(tensor, precision)
-        bias = tensors.get(f"{layer}.bias")
-        parent, _, child = layer.rpartition(".")
-        made = MovedLinear(weight, scale, None if bias is None else bias.to(dtype))
-        setattr(network.get_submodule(parent), child, made)
-    for name in [name for name in rest if isinstance(network.get_submodule(name.rpartition(".")[0]), QuantisedLinear)]:
-        del rest[name]  # a bias that came before its weight
+        if precision in LOW_BIT and leaf == "weight" and tensor.ndim == 2 and in_low_bits(layer):
+            bias = tensors.get(f"{layer}.bias")
+            parent, _, child = layer.rpartition(".")
+            made = _low_bit_layer(tensor, None if bias is None else _plain(bias, dtype), precision)
+            setattr(network.get_submodule(parent), child, made)
+        else:
+            rest[name] = _plain(tensor, dtype)
+    for name in [name for name in rest if isinstance(network.get_submodule(name.rpartition(".")[0]), LowBitLinear)]:
+        del rest[name]  # a bias went with its weight
     network.load_state_dict(rest, strict=False, assign=True)
     _make_buffers(network)
     left = [name for name, tensor in (*network.named_parameters(), *network.named_buffers()) if tensor.is_meta]
     assert not left, left
     return network.eval().requires_grad_(False)
+
+
+def _plain(tensor: Tensor | FourBit, dtype: torch.dtype) -> Tensor:
+    if isinstance(tensor, FourBit):
+        return tensor.dequantised(dtype)
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def _low_bit_layer(weight: Tensor | FourBit, bias: Tensor | None, precision: Precision) -> nn.Module:
+    if precision == "nf4":
+        return FourBitLinear(weight if isinstance(weight, FourBit) else quantise_nf4(weight), bias)
+    assert precision in ("int8", "fp8"), precision
+    return MovedLinear(*quantise_rows(_plain(weight, torch.float32), precision), bias)
 
 
 def check_shapes(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], source: Path) -> None:
@@ -250,10 +264,11 @@ def _make_buffers(network: nn.Module) -> None:
             module._buffers["position_ids"] = torch.arange(positions.shape[-1]).expand(positions.shape).clone()
 
 
-def bring_buffers(network: nn.Module, device: torch.device) -> None:
-    """Move the buffers that no file holds: a host that loads a network in part leaves them where they are."""
+def bring_loose(network: nn.Module, device: torch.device, bring_themselves: Callable[[nn.Module], bool]) -> None:
+    """Move what a host leaves behind that loads a network layer by layer: buffers that no file holds, and parameters
+    outside of the layers that `bring_themselves`, such as a class token or a norm's gain.
+    """
     for module in network.modules():
-        for name in module._non_persistent_buffers_set:
-            buffer = module._buffers.get(name)
-            if buffer is not None and buffer.device != device:
-                module._buffers[name] = buffer.to(device)
+        own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+        if not bring_themselves(module) and any(tensor.device != device for tensor in own):
+            module._apply(lambda tensor: tensor.to(device), recurse=False)  # what Module.to() does, of this one only

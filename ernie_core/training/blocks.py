@@ -13,7 +13,7 @@ Source of elastic depth: ERNIE 5.0, arXiv 2602.04705, section 3.3.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint as run_checkpointed
 
 from ..errors import ErnieError
 from ..model.attention import AttentionFunction
-from ..model.dit import Block, DiT, Modulation, RunBlock
+from ..model.dit import Block, Modulation, RunBlock
 from ..model.rope import RopeTable
 from ..weights.quantise import QuantisedLinear, multiply_out
 from .adapters import ActiveViews
@@ -199,7 +199,7 @@ def skip_list(num_layers: int, count: int) -> tuple[int, ...]:
 
 
 class BlockStream:
-    """The frozen blocks of `model` in RAM, one of them and the next on `device`.
+    """Frozen blocks of `model` (None: its `layers`) in RAM, one of them and the next on `device`.
 
     Every block's weights lie in one piece of (on CUDA: pinned) memory and are copied to one of two places on the
     device; nothing is ever copied back. On CUDA the next block is copied by a second stream while the present one
@@ -210,16 +210,18 @@ class BlockStream:
         ErnieError: a block has parameters that train.
     """
 
-    def __init__(self, model: DiT, device: torch.device | str):
+    def __init__(self, model: nn.Module, device: torch.device | str, blocks: Iterable[nn.Module] | None = None):
         self.device = torch.device(device)
-        self._tensors = [[*block.parameters(), *block.buffers()] for block in model.layers]
+        blocks = cast(nn.ModuleList, model.layers) if blocks is None else blocks
+        self._tensors = [[*block.parameters(), *block.buffers()] for block in blocks]
         if any(tensor.requires_grad for tensors in self._tensors for tensor in tensors):
             raise ErnieError("only frozen blocks can be streamed; freeze the base (requires_grad_(False)) first.")
         pinned = self.device.type == "cuda"
         self._host = [_gather(tensors, pinned=pinned) for tensors in self._tensors]
-        for child in model.children():
-            if child is not model.layers:
-                child.to(self.device)
+        streamed = {id(tensor) for tensors in self._tensors for tensor in tensors}
+        for tensor in (*model.parameters(), *model.buffers()):
+            if id(tensor) not in streamed:
+                tensor.data = tensor.data.to(self.device)
         largest = max(host.numel() for host in self._host)
         self._slots = [torch.empty(largest, dtype=torch.uint8, device=self.device) for _ in range(2)]
         self._held: list[int | None] = [None, None]

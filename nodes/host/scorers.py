@@ -62,6 +62,13 @@ def place_scorer(network: torch.nn.Module) -> Callable[[], torch.device]:
     """Put a network under the host's memory manager; what is returned brings it to the device and says which."""
     import comfy.model_management as mm
 
+    from ...ernie_core.scoring.network import LowBitLinear, bring_loose
+
+    for module in network.modules():
+        if isinstance(module, LowBitLinear):
+            # By this mark the host knows layers that it may leave in main memory one by one. Without it, a card too
+            # small for all of them would hold none.
+            module.comfy_cast_weights = True
     held = torch.nn.Module()  # the host writes `device` on a model, which transformers' models do not allow
     held.network = network
     mm.archive_model_dtypes(held)
@@ -72,6 +79,7 @@ def place_scorer(network: torch.nn.Module) -> Callable[[], torch.device]:
     def bring() -> torch.device:
         throw_if_interrupted()
         mm.load_models_gpu([patcher])
+        bring_loose(network, patcher.load_device, lambda module: hasattr(module, "comfy_cast_weights"))
         return patcher.load_device
 
     return bring

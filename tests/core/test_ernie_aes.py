@@ -19,7 +19,8 @@ from ernie_pack.ernie_core.scoring.ernie_aes import (
     to_transformers,
     transformers_names,
 )
-from ernie_pack.ernie_core.scoring.network import MovedLinear, check_shapes, read_weights
+from ernie_pack.ernie_core.scoring.network import LowBitLinear, check_shapes, read_weights
+from ernie_pack.ernie_core.weights.four_bit import quantise_nf4
 
 # config.json of InternVL3-8B: InternViT-300M and Qwen2.5-7B, as ERNIE-Image-Aes and ArtiMuse have them (7.94B)
 RELEASED = {
@@ -160,15 +161,60 @@ def test_the_layout_that_transformers_saves_gives_the_same_score(folder, tmp_pat
     assert again.score(pictures()) == pytest.approx(scorer.score(pictures()), abs=1e-4)
 
 
-@pytest.mark.parametrize(("precision", "near"), [("bf16", 1.0), ("int8", 1.0), ("fp8", 2.0)])
+@pytest.mark.parametrize(("precision", "near"), [("bf16", 1.0), ("int8", 1.0), ("fp8", 2.0), ("nf4", 12.0)])
 def test_fewer_bits_give_nearly_the_same_score(folder, precision, near):
     exact = load_ernie_aes(read_weights(folder), precision="fp32").score(pictures())
     scorer = load_ernie_aes(read_weights(folder), precision=precision)
     assert scorer.score(pictures()) == pytest.approx(exact, abs=near)
-    quantised = [m for m in scorer.network.modules() if isinstance(m, MovedLinear)]
+    quantised = [m for m in scorer.network.modules() if isinstance(m, LowBitLinear)]
     # 2 vision layers x 6 matrices (q, k, v, projection, fc1, fc2), 2 language layers x 7
-    assert len(quantised) == (26 if precision in ("int8", "fp8") else 0)
+    assert len(quantised) == (0 if precision == "bf16" else 26)
+    held = {m.weight.numel() / (m.in_features * m.out_features) for m in quantised}
+    assert held <= {0.5 if precision == "nf4" else 1.0}
     assert {m.weight.dtype.itemsize for m in quantised} <= {1}
+
+
+def write_bitsandbytes(folder, target):
+    """The folder as bitsandbytes leaves it: the layers' matrices and the projector's in 4 bits, the rest in bf16."""
+    from safetensors.torch import save_file
+
+    tensors = {}
+    for name, tensor in read_weights(folder).tensors.items():
+        if tensor.ndim != 2 or not name.endswith("weight") or "lm_head" in name or "embed" in name:
+            tensors[name] = tensor.bfloat16()
+            continue
+        made = quantise_nf4(tensor)
+        state = {"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": list(tensor.shape)}
+        tensors |= {
+            name: made.codes[:, None],
+            f"{name}.absmax": made.absmax,
+            f"{name}.quant_map": made.table,
+            f"{name}.quant_state.bitsandbytes__nf4": torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8),
+        }
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, target / "model.safetensors")
+    for name in ("vocab.json", "merges.txt", "tokenizer_config.json", "config.json"):
+        (target / name).write_bytes((folder / name).read_bytes())
+
+
+def test_a_file_in_4_bits_keeps_them_and_scores_as_the_same_bits_made_here(folder, tmp_path):
+    """Fused qkv and all. The projector, in 4 bits too there, is multiplied out."""
+    write_bitsandbytes(folder, tmp_path)
+    scorer = load_ernie_aes(read_weights(tmp_path))
+    assert sum(isinstance(m, LowBitLinear) for m in scorer.network.modules()) == 26
+    made = load_ernie_aes(read_weights(folder), precision="nf4")
+    projector = made.network.model.multi_modal_projector
+    for linear in (projector.linear_1, projector.linear_2):
+        linear.weight.copy_(quantise_nf4(linear.weight.float()).dequantised(torch.bfloat16))
+    assert scorer.score(pictures()) == pytest.approx(made.score(pictures()), abs=0.5)
+    in_bf16 = load_ernie_aes(read_weights(tmp_path), precision="bf16")
+    assert not any(isinstance(m, LowBitLinear) for m in in_bf16.network.modules())
+    assert in_bf16.score(pictures()) == pytest.approx(scorer.score(pictures()), abs=1e-6)
+
+
+def test_only_the_tokens_in_use_are_kept(folder):
+    scorer = load_ernie_aes(read_weights(folder), precision="fp32")
+    assert scorer.network.lm_head.weight.shape == (101, 32)
+    assert len(scorer.network.get_input_embeddings().weight) == len(scorer.prompt_ids.unique()) == 134  # of 366
 
 
 def test_batches_and_order_change_nothing(folder):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
+import small_budget
 import tiny_scorers as tiny
 import torch
 from comfyui_server import HostError
@@ -21,7 +23,7 @@ PROMPT = "a red square"
 @pytest.fixture(scope="module")
 def server(start_comfyui):
     """A ComfyUI whose model folders hold small scorers; hides the server of the other tests."""
-    with start_comfyui() as server:
+    with start_comfyui(Path(small_budget.__file__)) as server:
         models = server.base / "models"
         tiny.write_internvl(models / "scorers" / "ERNIE-Image-Aes")
         tiny.write_clip_folder(models / "clip_vision" / "clip")
@@ -51,6 +53,7 @@ def files(server):
         ("built-in combined", {}),
         ("scorers/ERNIE-Image-Aes/", {"precision": "fp32"}),
         ("scorers/ERNIE-Image-Aes/", {"precision": "int8"}),
+        ("scorers/ERNIE-Image-Aes/", {"precision": "nf4"}),
         ("scorers/head.pth", {}),
         ("clip_vision/clip/", {"kind": "pickscore"}),
     ],
@@ -73,6 +76,26 @@ def test_the_numbers_are_those_of_the_engine_alone(server, name, options):
     expected = here.score(files(server), PROMPT)
     assert made["values"] == pytest.approx(expected, abs=1e-3)
     assert set(made["categories"]) == {"first", "second"}
+
+
+@pytest.mark.parametrize("share", [0.01, 0.6])
+@pytest.mark.parametrize("precision", ["bf16", "int8", "nf4"])
+def test_a_card_that_is_too_small_holds_a_part_of_the_scorer(server, precision, share):
+    """What fits is held, layer by layer; the rest comes for each call; nothing that cannot come is left behind."""
+    graph = Graph()
+    scorer = loader(graph, "scorers/ERNIE-Image-Aes/", precision=precision)
+    image = graph.add("LoadImage", image=files(server)[0].relative_to(server.base / "input").as_posix())
+    node, _ = graph.add("ScoreWithSmallBudget", scorer=scorer, image=image, share=share)
+    made = json.loads(server.run(graph.prompt).outputs[node]["text"][0])
+    expected = load_scorer(server.base / "models" / "scorers" / "ERNIE-Image-Aes", precision=precision)
+    assert made["values"] == pytest.approx(expected.score(files(server)[:1]), abs=1e-3)
+    quantised = {"int8": {"MovedLinear"}, "nf4": {"FourBitLinear"}}.get(precision, set())
+    assert set(made["kinds"]) == {"Conv2d", "Embedding", "LayerNorm", "Linear"} | quantised
+    assert made["left"] == 0
+    assert made["streamed"] > 0
+    assert (made["layers"] > 0) == (share > 0.5)
+    assert (made["held"] > 0) == (share > 0.5)
+    assert made["bytes"] < made["of"]
 
 
 def test_best_of_n_on_the_host(server):

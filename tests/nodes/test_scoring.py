@@ -105,6 +105,7 @@ def test_the_lists_on_the_nodes_are_the_engine_s(classes):
         ("built-in sharpness", {}, "built-in sharpness"),
         ("scorers/ERNIE-Image-Aes/", {"precision": "fp32"}, "ERNIE-Image-Aes"),
         ("scorers/ERNIE-Image-Aes/", {"precision": "int8", "question": "plain"}, "ERNIE-Image-Aes"),
+        ("scorers/ERNIE-Image-Aes/", {"precision": "nf4"}, "ERNIE-Image-Aes"),
         ("scorers/head.pth", {}, "LAION aesthetic"),
         ("clip_vision/clip/", {}, "CLIP score"),
         ("clip_vision/clip/", {"kind": "pickscore"}, "PickScore"),
@@ -116,6 +117,24 @@ def test_loading_and_scoring(call, name, options, expected):
     values = call("ErnieScoreImages", scorer=[scorer], images=[pictures(3)], prompts=["a fox"]).result[2]
     assert len(values) == 3
     assert all(np.isfinite(values))
+
+
+@pytest.mark.parametrize("name", ["scorers/ERNIE-Image-Aes/", "clip_vision/clip/"])
+def test_a_card_too_small_for_the_weights_gets_them_layer_by_layer(call, monkeypatch, name):
+    options = {"images": [pictures(3)], "prompts": ["a fox"]}
+    expected = call("ErnieScoreImages", scorer=[call("ErnieLoadScorer", scorer_name=name).result[0]], **options)
+    monkeypatch.setattr(host, "_too_large", lambda _network: True)
+    streamed = []
+    streaming = importlib.import_module("ernie_pack.ernie_core.scoring.streaming")
+    monkeypatch.setattr(streaming, "BlockStream", recorded(streamed, streaming.BlockStream))
+    scorer = call("ErnieLoadScorer", scorer_name=name).result[0]
+    for _ in range(2):
+        assert call("ErnieScoreImages", scorer=[scorer], **options).result[2] == pytest.approx(expected.result[2])
+    assert len(streamed) == 1
+
+
+def recorded(calls, function):
+    return lambda *args: calls.append(args) or function(*args)
 
 
 @pytest.mark.parametrize(
