@@ -24,6 +24,7 @@ LESSONS = {
     "lora": "lora_learns",
     "dpo": "dpo_prefers",
     "options": "regions_styles_depth",
+    "guidance": "guidance_helps",
 }
 
 

@@ -19,6 +19,7 @@ class ErnieExtension(ComfyExtension):
         from .batch import ErnieBatchFromPrompts
         from .benchmark import ErnieAestheticBenchmark, ErniePromptBenchmark
         from .dataset import ErnieDatasetFolder, ErnieDatasetImages, ErniePairsFolder
+        from .guidance import ErnieGuidance, ErnieSkipLayerGuidance
         from .loading import (
             ErnieLoadDiffusionModel,
             ErnieLoadImageModel,
@@ -53,6 +54,8 @@ class ErnieExtension(ComfyExtension):
             ErnieEmptyLatent,
             ErnieSampler,
             ErnieSigmas,
+            ErnieGuidance,
+            ErnieSkipLayerGuidance,
             ErnieBatchFromPrompts,
             ErnieLoadLora,
             ErnieMergeLora,

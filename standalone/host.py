@@ -81,6 +81,8 @@ class Model:
     """LoRAs in use, in the order in which they act."""
     skip: tuple[int, ...] = ()
     """Blocks that are left out."""
+    guidance: tuple[Any, ...] = ()
+    """Guidance rules, in the order in which they were added."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -493,6 +495,18 @@ def skip_blocks(model: Model, blocks: Sequence[int]) -> Model:
     return replace(model, skip=tuple(sorted({*model.skip, *blocks})))
 
 
+# ---------------------------------------------------------------------------------------------------- guidance
+
+
+def add_guidance(model: Model, rules: Sequence[Any]) -> Model:
+    """Return a model that samples under these guidance rules too, or `model` itself where none changes anything."""
+    from ..ernie_core.sampling.guidance import check_blocks, without_neutral
+
+    added = without_neutral(rules)
+    check_blocks(added, num_blocks(model))
+    return replace(model, guidance=(*model.guidance, *added)) if added else model
+
+
 # ---------------------------------------------------------------------------------------------------- LoRA
 
 
@@ -655,6 +669,7 @@ def sample_from_noise(
     """Return (final samples, the last step's clean estimate), both fp32 on the CPU."""
     import torch
 
+    from ..ernie_core.sampling.guidance import GuidanceRun, with_guidance
     from ..ernie_core.sampling.latents import mix_noise
     from ..ernie_core.sampling.samplers import sample_euler
 
@@ -671,7 +686,13 @@ def sample_from_noise(
     start, noise = start.to(where), noise.to(where)
     batch, size = start.shape[0], (start.shape[2], start.shape[3])
     uncond = None if negative is None or cfg == 1 else _make_denoise(dit, model.skip, negative, batch, size)
-    denoise = _guided(_make_denoise(dit, model.skip, positive, batch, size), uncond, cfg)
+    denoise = with_guidance(
+        _make_denoise(dit, model.skip, positive, batch, size),
+        uncond,
+        cfg,
+        GuidanceRun(model.guidance, sigmas),
+        without=lambda blocks: _make_denoise(dit, (*model.skip, *blocks), positive, batch, size),
+    )
     denoise = _with_loras(denoise, dit, model.loras)
     if latent.get("noise_mask") is not None:
         denoise = _keep_outside(denoise, latent["noise_mask"], start, noise)
@@ -714,15 +735,6 @@ def _make_denoise(dit: Any, skip: tuple[int, ...], conditioning: list, batch: in
     text_BTD = conditioning[0][0]
     texts = [text_BTD[i % len(text_BTD)] for i in range(batch)]
     return make_denoise(dit, texts, *size, run_block=run_kept if skip else call_block)
-
-
-def _guided(cond: Denoise, uncond: Denoise | None, cfg: float) -> Denoise:
-    """Return guidance by the host's rule: every cfg but 1 asks the negative too."""
-    from ..ernie_core.sampling.guidance import cfg_velocity
-
-    if uncond is None:
-        return cond
-    return lambda x, sigma: cfg_velocity(cond(x, sigma).float(), uncond(x, sigma).float(), cfg)
 
 
 def _keep_outside(denoise: Denoise, mask: Tensor, start: Tensor, noise: Tensor) -> Denoise:

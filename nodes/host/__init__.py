@@ -19,6 +19,7 @@ from .files import (
     picture_folders,
     user_folder,
 )
+from .guidance import add_guidance
 from .loras import apply_lora, lora_shapes
 from .models import make_model, num_blocks, set_shift, skip_blocks
 from .pictures import save_png

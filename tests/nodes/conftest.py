@@ -13,6 +13,7 @@ from recording_host import RecordingHost  # noqa: E402
 
 NODE_FILES = (
     *("loading", "text", "sampling", "batch", "lora", "wildcards"),
+    "guidance",
     *("dataset", "recipes", "training", "tournament", "benchmark", "scoring"),
 )
 

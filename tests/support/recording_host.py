@@ -77,6 +77,10 @@ class RecordingHost:
         self._note("skip_blocks", model, tuple(blocks))
         return model
 
+    def add_guidance(self, model, rules):
+        self._note("add_guidance", model, tuple(rules))
+        return model
+
     def unload_models(self):
         self._note("unload_models")
 

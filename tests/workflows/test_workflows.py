@@ -17,6 +17,7 @@ NAMES = [
     "best_of_n",
     "enhanced_prompt",
     "enhancer_on_off",
+    "guidance",
     "lora_report",
     "lora_stack",
     "mixed_with_core_nodes",

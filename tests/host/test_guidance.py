@@ -1,0 +1,204 @@
+"""Guidance in a running ComfyUI: our samplers and core's, our model and core's; calls that are saved are not made."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from pathlib import Path
+
+import call_log
+import core_loaders
+import pytest
+import torch
+from ernie_pack.ernie_core.sampling.schedule import make_sigmas
+from ernie_pack.standalone import host as standalone
+from ernie_pack.standalone import load_node_classes
+from ernie_pack.standalone.graph import Workflow, run_prompt
+from host_graph import STEPS, Graph, difference
+
+pytestmark = pytest.mark.host
+
+SAME = 1e-3  # fp32; summed over the steps
+NEUTRAL = {
+    "method": "cfg",
+    "start": 1.0,
+    "end": 0.0,
+    "rescale": 0.0,
+    "skip_similarity": 1.0,
+    "eta": 0.0,
+    "momentum": -0.5,
+    "norm_threshold": 0.0,
+    "zero_steps": 0,
+}
+SETTINGS = {
+    "interval": {"start": 0.97, "end": 0.6},
+    "rescale": {"rescale": 0.7},
+    "skip": {"skip_similarity": 0.97},
+    "apg": {"method": "apg", "norm_threshold": 0.3},
+    "zero star": {"method": "cfg-zero*", "zero_steps": 1},
+    "all": {"method": "apg", "start": 0.97, "end": 0.3, "rescale": 0.5, "skip_similarity": 0.99},
+}
+SLG = {"scale": 1.5, "blocks": "1", "start": 1.0, "end": 0.6}
+
+
+@pytest.fixture(scope="module")
+def has_core_model(comfyui_folder):
+    return "class ErnieImage(" in (comfyui_folder / "comfy" / "supported_models.py").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def server(has_core_model, start_comfyui):
+    """A ComfyUI with nodes that count calls and load core's classes; hides the server of the other tests."""
+    packs = [call_log, core_loaders] if has_core_model else [call_log]
+    with start_comfyui(*(Path(pack.__file__) for pack in packs)) as server:
+        yield server
+
+
+def guide(graph, model=None, **changes):
+    return graph.add("ErnieGuidance", model=model or graph.model, **NEUTRAL | changes)
+
+
+def slg(graph, model=None, **changes):
+    return graph.add("ErnieSkipLayerGuidance", model=model or graph.model, **SLG | changes)
+
+
+@pytest.fixture
+def standalone_latent(server, tmp_path, monkeypatch):
+    """standalone_latent(graph, link) -> what the same graph gives without ComfyUI."""
+
+    def run(graph, link):
+        session = standalone.Session(models=server.base / "models", output=tmp_path)
+        monkeypatch.setattr(standalone, "session", session)
+        nodes = [n for n in graph.prompt if graph.prompt[n]["class_type"] != "SaveLatent"]
+        result = run_prompt(Workflow(prompt={n: graph.prompt[n] for n in nodes}, page=None), load_node_classes())
+        return result.outputs[link[0]][0][0]["samples"]
+
+    return run
+
+
+def calls(log):
+    """(which predictions, noise level in thousandths) of every model call in a log."""
+    found = re.findall(r"model call \[([\d, ]+)\] at ([\d.]+)", log)
+    return [(kind, float(level)) for names, level in found for kind in names.split(", ")]
+
+
+def count(log):
+    made = [kind for kind, _ in calls(log)]
+    return made.count("0"), made.count("1")
+
+
+def test_neutral_settings_give_the_same_picture_bit_for_bit(latents):
+    graph = Graph()
+    neutral = slg(graph, guide(graph), scale=0.0)
+    plain, ours, core, core_plain = latents(
+        graph,
+        graph.ernie_sampler(),
+        graph.ernie_sampler(model=neutral),
+        graph.ksampler(model=neutral),
+        graph.ksampler(),
+    )
+    assert torch.equal(plain, ours)
+    assert torch.equal(core, core_plain)
+
+
+@pytest.mark.parametrize("changes", SETTINGS.values(), ids=SETTINGS)
+def test_both_samplers_guide_as_standalone_does(latents, standalone_latent, changes):
+    graph = Graph()
+    model = guide(graph, **changes)
+    link = graph.ernie_sampler(model=model)
+    wanted = standalone_latent(graph, link)
+    plain, ours, core = latents(graph, graph.ernie_sampler(), link, graph.ksampler(model=model))
+    assert difference(ours, wanted) < SAME
+    assert difference(core, wanted) < SAME
+    assert difference(ours, plain) > 10 * SAME
+
+
+def test_skip_layer_guidance_is_standalones(latents, standalone_latent):
+    graph = Graph()
+    link = graph.ernie_sampler(model=slg(graph))
+    wanted = standalone_latent(graph, link)
+    plain, ours, sigmas = latents(
+        graph,
+        graph.ernie_sampler(),
+        link,
+        graph.custom_sampler(graph.add("ErnieSigmas", steps=STEPS, shift=4.0, denoise=1.0), model=slg(graph)),
+    )
+    assert difference(ours, wanted) < SAME
+    assert difference(sigmas, wanted) < SAME
+    assert difference(ours, plain) > 10 * SAME
+
+
+def test_on_cores_model_all_of_it_acts_as_on_ours(latents, has_core_model):
+    if not has_core_model:
+        pytest.skip("this ComfyUI has no ERNIE-Image model of its own")
+    graph = Graph()
+    core = graph.add("CoreModel", file="ernie-image.safetensors")
+    theirs, ours = latents(
+        graph, *(graph.ernie_sampler(model=slg(graph, guide(graph, m, **SETTINGS["all"]))) for m in (core, graph.model))
+    )
+    assert difference(theirs, ours) < SAME
+
+
+new_seeds = itertools.count(1000)  # ComfyUI answers a graph that it knows without running it
+LEVELS = make_sigmas(STEPS)[:-1].tolist()
+
+
+@pytest.mark.parametrize(
+    ("changes", "cond", "uncond"),
+    [
+        ({}, STEPS, STEPS),
+        (SETTINGS["interval"], STEPS, sum(0.6 < s <= 0.97 for s in LEVELS)),
+        ({"start": 0.5, "end": 0.5}, STEPS, 0),
+        ({"skip_similarity": 0.0}, STEPS, 1),
+        ({"method": "cfg-zero*", "zero_steps": 2}, STEPS - 2, STEPS - 2),
+    ],
+    ids=["plain", "interval", "never", "skip", "zero steps"],
+)
+@pytest.mark.parametrize("sampler", ["ours", "core"])
+def test_what_is_skipped_is_not_computed(latents, new_log, changes, cond, uncond, sampler):
+    graph = Graph()
+    model = graph.add("LogCalls", model=guide(graph, **changes))
+    paint = graph.ernie_sampler if sampler == "ours" else graph.ksampler
+    latents(graph, paint(model=model, seed=next(new_seeds)))
+    assert count(new_log()) == (cond, uncond)
+
+
+def test_skip_layer_guidance_costs_a_call_in_its_range_only(latents, new_log):
+    graph = Graph()
+    model = graph.add("LogCalls", model=slg(graph))
+    latents(graph, graph.ernie_sampler(model=model, seed=77))
+    assert count(new_log()) == (STEPS + sum(s > 0.6 for s in LEVELS), STEPS)
+
+
+def test_nothing_is_left_from_one_run_to_the_next(latents):
+    graph = Graph()
+    model = guide(graph, **SETTINGS["all"])
+    settings = graph.ernie_sampler(model=model)
+    again = graph.add("RepeatLatentBatch", samples=graph.latent, amount=1)  # another node, so nothing is cached
+    first, second = latents(graph, settings, graph.ernie_sampler(model=model, latent_image=again))
+    assert torch.equal(first, second)
+
+
+def test_a_foreign_formula_is_named_when_it_gives_way_and_kept_where_it_can_be(latents, new_log):
+    graph = Graph()
+    foreign = graph.add("RescaleCFG", model=graph.model, multiplier=0.7)
+    kept = guide(graph, foreign, start=1.0, end=0.6)
+    only, both, replaced, alone = latents(
+        graph,
+        graph.ernie_sampler(model=foreign),
+        graph.ernie_sampler(model=kept),
+        graph.ernie_sampler(model=guide(graph, foreign, rescale=0.5)),
+        graph.ernie_sampler(model=guide(graph, rescale=0.5)),
+    )
+    assert difference(only, both) > SAME
+    assert torch.equal(replaced, alone)
+    warnings = [line for line in new_log().splitlines() if "The guidance of" in line]
+    assert len(warnings) == 1
+    assert "nodes_model_advanced.RescaleCFG.patch on this model" in warnings[0]
+
+
+def test_wrong_settings_say_so(server):
+    graph = Graph()
+    graph.add("SaveLatent", samples=graph.ernie_sampler(model=slg(graph, blocks="99")), filename_prefix="test/bad")
+    with pytest.raises(Exception, match="there is no block 99"):
+        server.run(graph.prompt)

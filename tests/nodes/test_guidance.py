@@ -1,0 +1,143 @@
+"""The guidance nodes: what reaches the host, neutral settings, what is refused or said; on a network in miniature."""
+
+import logging
+
+import pytest
+import torch
+from ernie_pack.ernie_core.errors import ErnieError
+from ernie_pack.ernie_core.model.dit import DiT
+from ernie_pack.ernie_core.sampling.guidance import AdaptiveSkip, Interval, Projection, Rescale, SkipLayers, ZeroStar
+from ernie_pack.ernie_core.sampling.schedule import make_sigmas
+from ernie_pack.standalone import host, load_node_classes
+from random_models import DIT, random_weights
+
+GUIDANCE = {
+    "method": "cfg",
+    "start": 1.0,
+    "end": 0.0,
+    "rescale": 0.0,
+    "skip_similarity": 1.0,
+    "eta": 0.0,
+    "momentum": -0.5,
+    "norm_threshold": 0.0,
+    "zero_steps": 0,
+}
+SKIP_LAYERS = {"scale": 0.0, "blocks": "1", "start": 1.0, "end": 0.0}
+
+
+@pytest.fixture(scope="module")
+def model():
+    dit = DiT(DIT)
+    dit.load_state_dict({n: t.float() for n, t in random_weights(dit.state_dict(), seed=3).items()})
+    return host.Model(dit=dit.eval())
+
+
+def text(seed, tokens=3):
+    return [[torch.randn(1, tokens, DIT.text_in_dim, generator=torch.Generator().manual_seed(seed)), {}]]
+
+
+def sample(model, *, cfg=4.0, batch=1, seed=3):
+    return host.sample(
+        model,
+        positive=text(1),
+        negative=text(2, tokens=2),
+        latent=host.empty_latent(32, 48, batch),
+        sigmas=make_sigmas(4),
+        cfg=cfg,
+        seed=seed,
+    )["samples"]
+
+
+def patch(node_id, model, **changes):
+    defaults = {"ErnieGuidance": GUIDANCE, "ErnieSkipLayerGuidance": SKIP_LAYERS}[node_id]
+    return load_node_classes()[node_id].execute(model=model, **defaults | changes)[0]
+
+
+def given(recording):
+    return recording.calls[-1][2]
+
+
+def test_guidance_hands_over_its_rules(run, recording):
+    run("ErnieGuidance", model="MODEL", **GUIDANCE | {"rescale": 0.7, "end": 0.2})
+    assert given(recording) == (Interval(start=1.0, end=0.2), AdaptiveSkip(similarity=1.0), Rescale(share=0.7))
+    run("ErnieGuidance", model="MODEL", **GUIDANCE | {"method": "apg", "norm_threshold": 2.0})
+    assert given(recording)[-1] == Projection(eta=0.0, momentum=-0.5, norm_threshold=2.0)
+    run("ErnieGuidance", model="MODEL", **GUIDANCE | {"method": "cfg-zero*", "zero_steps": 2})
+    assert given(recording)[-1] == ZeroStar(zero_steps=2)
+    run("ErnieSkipLayerGuidance", model="MODEL", **SKIP_LAYERS | {"scale": 2.0, "blocks": ""})
+    assert given(recording) == (SkipLayers(blocks=(12, 13, 14), scale=2.0),)
+
+
+def test_settings_of_another_method_are_named(run, recording, caplog):
+    with caplog.at_level(logging.WARNING):
+        run("ErnieGuidance", model="MODEL", **GUIDANCE)
+        run("ErnieGuidance", model="MODEL", **GUIDANCE | {"method": "apg", "eta": 0.5})
+        assert not caplog.records
+        run("ErnieGuidance", model="MODEL", **GUIDANCE | {"method": "cfg-zero*", "eta": 0.5})
+    assert "eta 0.5 is not used by method 'cfg-zero*': it belongs to 'apg'." in caplog.text
+
+
+@pytest.mark.parametrize("node_id", ["ErnieGuidance", "ErnieSkipLayerGuidance"])
+def test_neutral_settings_are_the_model_itself(model, node_id):
+    assert patch(node_id, model) is model
+
+
+@pytest.mark.parametrize(
+    ("node_id", "changes"),
+    [
+        ("ErnieGuidance", {"start": 0.9}),
+        ("ErnieGuidance", {"rescale": 0.7}),
+        ("ErnieGuidance", {"skip_similarity": 0.1}),
+        ("ErnieGuidance", {"method": "apg"}),
+        ("ErnieGuidance", {"method": "cfg-zero*"}),
+        ("ErnieSkipLayerGuidance", {"scale": 2.0}),
+    ],
+)
+def test_each_setting_acts_and_leaves_the_model_as_it_was(model, node_id, changes):
+    plain = sample(model)
+    patched = patch(node_id, model, **changes)
+    assert not torch.allclose(sample(patched), plain, atol=1e-3)
+    assert torch.equal(sample(patched), sample(patched))
+    assert torch.equal(sample(model), plain)
+
+
+def test_nodes_in_a_row_act_together(model):
+    first, second = {"start": 0.95}, {"rescale": 0.5}
+    one = patch("ErnieGuidance", model, **first, **second)
+    row = patch("ErnieGuidance", patch("ErnieGuidance", model, **second), **first)
+    assert torch.equal(sample(one), sample(row))
+
+
+def test_skip_layers_is_the_difference_to_the_reduced_model(model):
+    """One step at cfg 1: x0 + scale (x0 - x0 of the network without the block)."""
+
+    def step(model):
+        latent, sigmas = host.empty_latent(32, 48, 1), torch.tensor([1.0, 0.0])
+        return host.sample(model, positive=text(1), negative=None, latent=latent, sigmas=sigmas, cfg=1.0, seed=3)[
+            "samples"
+        ]
+
+    plain, weak = step(model), step(host.skip_blocks(model, [1]))
+    torch.testing.assert_close(
+        step(patch("ErnieSkipLayerGuidance", model, scale=2.0)), plain + 2 * (plain - weak), rtol=1e-4, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize(
+    ("node_id", "changes", "message"),
+    [
+        ("ErnieGuidance", {"start": 0.2, "end": 0.5}, r"start must not be below end.*Swap them"),
+        ("ErnieGuidance", {"rescale": float("nan")}, r"rescale must lie between 0 and 1"),
+        ("ErnieGuidance", {"skip_similarity": 1.5}, r"similarity must lie between 0 and 1"),
+        ("ErnieGuidance", {"method": "apg", "momentum": 1.0}, r"momentum must lie inside -1 to 1"),
+        ("ErnieGuidance", {"method": "cfg-zero*", "zero_steps": -1}, r"zero_steps must lie between 0 and 1000"),
+        ("ErnieSkipLayerGuidance", {"scale": 1.0, "blocks": "2"}, r"blocks 0 to 1, there is no block 2"),
+        ("ErnieSkipLayerGuidance", {"scale": 1.0, "blocks": "0-1"}, r"all 2 blocks would be skipped"),
+        ("ErnieSkipLayerGuidance", {"blocks": "first"}, r"block numbers such as 12, 13 or 12-14 expected, got 'first'"),
+        ("ErnieSkipLayerGuidance", {"blocks": "1-2-3"}, r"got '1-2-3'"),
+        ("ErnieSkipLayerGuidance", {"scale": -1.0}, r"scale must lie between 0 and 100"),
+    ],
+)
+def test_bad_settings_are_refused(model, node_id, changes, message):
+    with pytest.raises(ErnieError, match=message):
+        patch(node_id, model, **changes)
