@@ -15,6 +15,7 @@ BENCHMARKS = {
     "vae": "vae",
     "gpu": "gpu",
     "train": "train_step",
+    "enhancer": "enhancer",
     "scoring": "scoring",
     "tournament": "tournament",
 }

@@ -18,7 +18,8 @@ HEAVY = {"torch", "transformers", "numpy", "diffusers", "xformers", "safetensors
 LEVELS = [
     {"errors"},
     {"config", "wildcards"},
-    {"sampling.inputs", "sampling.schedule", "sampling.latents", "sampling.guidance", "model.rope", "model.attention"},
+    {"sampling.inputs", "sampling.schedule", "sampling.latents", "sampling.guidance"},
+    {"model.rope", "model.attention", "model.kv_cache"},
     {"model.dit", "model.vae", "model.text_encoder", "model.enhancer", "sampling.samplers"},
     {
         "weights.layouts",

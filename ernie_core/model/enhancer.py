@@ -16,7 +16,7 @@ import functools
 import json
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ..config import MAX_TEXT_TOKENS
 from ..errors import ErnieError
+from .kv_cache import KeyValueCache
 from .text_encoder import Decoder, TextStream, Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -134,45 +135,71 @@ class Enhancer(Decoder):
         """
         return self.embed_tokens.weight.to(device=like.device, dtype=like.dtype)
 
-    @torch.no_grad()
-    def enhance(
+    def enhance(self, prompt: str, width: int, height: int, *, seed: int = 0, **settings: Any) -> str:
+        """A long description for `prompt`: `enhance_variants` with one seed; `on_token` gets only the text so far."""
+        on_token = settings.pop("on_token", None)
+        tell = None if on_token is None else lambda _, text: on_token(text)
+        return self.enhance_variants(prompt, width, height, seeds=[seed], on_token=tell, **settings)[0]
+
+    def enhance_variants(
+        self, prompt: str, width: int, height: int, *, seeds: Sequence[int], system: str | None = None, **settings: Any
+    ) -> list[str]:
+        """Long descriptions for `prompt`, one per seed, ready to be encoded in its place; the prompt is read once.
+
+        Args:
+            prompt: what the user wrote; "" lets the model invent a picture.
+            width, height: of the picture to come, in pixels; the model is told.
+            seeds: one seed, one text, whatever the others are.
+            system: another instruction instead of the official one.
+            settings: of `write_ids`.
+
+        Returns:
+            The descriptions, or `prompt` itself, with a warning, where the model had nothing to say.
+
+        Raises:
+            ErnieError: a value is out of its range, or the prompt is longer than the model's context.
+        """
+        ids = self.tokenizer.encode(render_prompt(prompt, width, height, system=system), max_tokens=None)
+        return [self._as_text(answer, prompt) for answer in self.write_ids(ids, seeds=seeds, **settings)]
+
+    def _as_text(self, answer: list[int], prompt: str) -> str:
+        text = self.tokenizer.decode(answer).strip()
+        if not text:
+            logger.warning("the enhancer answered nothing; the original prompt is used")
+            return prompt
+        return text
+
+    @torch.inference_mode()
+    def write_ids(
         self,
-        prompt: str,
-        width: int,
-        height: int,
+        ids: list[int],
         *,
-        seed: int = 0,
+        seeds: Sequence[int],
         temperature: float = 0.6,
         top_p: float = 0.95,
         top_k: int = 0,
         min_p: float = 0.0,
         repetition_penalty: float = 1.0,
         max_new_tokens: int = MAX_TEXT_TOKENS,
-        system: str | None = None,
-        on_token: Callable[[str], None] | None = None,
+        on_token: Callable[[int, str], None] | None = None,
         device: torch.device | str | None = None,
-    ) -> str:
-        """A long description for `prompt`, ready to be encoded in its place.
+        at_once: int | None = None,
+    ) -> list[list[int]]:
+        """The tokens that follow `ids`, one answer per seed, without the one that ends it.
 
         Args:
-            prompt: what the user wrote; "" lets the model invent a picture.
-            width, height: of the picture to come, in pixels; the model is told.
-            seed: one seed, one text.
+            seeds: of each answer's draws; without effect at temperature 0.
             temperature: 0 = always the likeliest token; 0.6 is official, as is top_p 0.95.
             top_p, top_k, min_p, repetition_penalty: 1, 0, 0 and 1 are off.
-            max_new_tokens: the answer is cut there, with a warning.
-            system: another instruction instead of the official one.
-            on_token: called with the text so far after each token; what it raises ends the call.
+            max_new_tokens: an answer is cut there, with a warning.
+            on_token: called with (which answer, its text so far) after each token; what it raises ends the call.
             device: where to run; None = where the embedding lies.
-
-        Returns:
-            The description, or `prompt` itself, with a warning, if the model had nothing to say.
+            at_once: answers written side by side; None = 1 on the CPU, where a product of 4 rows takes three times
+                as long as that of 1 and one by one a seed's text is the same bit for bit, else 4.
 
         Raises:
             ErnieError: a value is out of its range, or the prompt is longer than the model's context.
         """
-        from transformers import DynamicCache
-
         process = make_processors(
             temperature=temperature,
             top_p=top_p,
@@ -182,37 +209,84 @@ class Enhancer(Decoder):
         )
         if max_new_tokens < 1:
             raise ErnieError(f"max_new_tokens must be 1 or more, got {max_new_tokens}.")
-        ids = self.tokenizer.encode(render_prompt(prompt, width, height, system=system), max_tokens=None)
         if len(ids) >= self.max_context:
             raise ErnieError(
                 f"the prompt with its instructions has {len(ids)} tokens; the enhancer holds "
                 f"{self.max_context} with its answer; leave out {len(ids) - self.max_context + 1} or more."
             )
         limit = min(max_new_tokens, self.max_context - len(ids))
-        generator = torch.Generator("cpu").manual_seed(seed)
-        device = self.embed_tokens.weight.device if device is None else device
-        ids_1S = torch.empty((1, len(ids) + limit), dtype=torch.long, device=device)
-        ids_1S[0, : len(ids)] = torch.tensor(ids)
+        device = torch.device(self.embed_tokens.weight.device if device is None else device)
+        at_once = at_once or (1 if device.type == "cpu" else 4)
 
-        cache, stream, answer = DynamicCache(), TextStream(self.tokenizer), list[int]()
-        weight_VD: Tensor | None = None
-        done = 0  # tokens already in the cache
+        prefix = KeyValueCache(len(ids) + limit)
+        hidden_1D = self.norm(self.run_layers(torch.tensor([ids], device=device), prefix)[:, -1])
+        weight_VD = self.output_weight(hidden_1D)
+        logits_1V = F.linear(hidden_1D, weight_VD)
+        answers = list[list[int]]()
+        for first in range(0, len(seeds), at_once):
+            chosen = seeds[first : first + at_once]
+            prefix.cut(len(ids))
+            answers += self._write(
+                ids,
+                prefix if len(chosen) == 1 else prefix.repeat(len(chosen)),
+                logits_1V.expand(len(chosen), -1),
+                weight_VD,
+                limit=limit,
+                generators=[torch.Generator("cpu").manual_seed(seed) for seed in chosen],
+                choose=functools.partial(_choose, process, greedy=temperature == 0),
+                on_token=None if on_token is None else functools.partial(_shifted, on_token, first),
+            )
+        return answers
+
+    def _write(
+        self,
+        ids: list[int],
+        cache: KeyValueCache,
+        logits_BV: Tensor,
+        weight_VD: Tensor,
+        *,
+        limit: int,
+        generators: list[torch.Generator],
+        choose: Callable[[Tensor, Tensor, torch.Generator], int],
+        on_token: Callable[[int, str], None] | None,
+    ) -> list[list[int]]:
+        """Answers of at most `limit` tokens after `ids`, which `cache` holds and `logits_BV` follow."""
+        rows = range(len(generators))
+        ids_BS = torch.zeros((len(rows), len(ids) + limit), dtype=torch.long, device=logits_BV.device)
+        ids_BS[:, : len(ids)] = torch.tensor(ids, device=ids_BS.device)
+        answers: list[list[int]] = [[] for _ in rows]
+        streams = [TextStream(self.tokenizer) for _ in rows]
+        writing = set(rows)
         for length in range(len(ids), len(ids) + limit):
-            hidden_1D = self.norm(self.run_layers(ids_1S[:, done:length], cache)[:, -1])
-            weight_VD = self.output_weight(hidden_1D) if weight_VD is None else weight_VD
-            scores_1V = process(ids_1S[:, :length], F.linear(hidden_1D, weight_VD).float())
-            token = draw_token(scores_1V, generator) if temperature > 0 else int(scores_1V.argmax())
-            if token in self.eos_ids:
+            for row in sorted(writing):
+                token = choose(ids_BS[row : row + 1, :length], logits_BV[row : row + 1].float(), generators[row])
+                if token in self.eos_ids:
+                    writing.discard(row)
+                    continue
+                answers[row].append(token)
+                ids_BS[row, length] = token
+                if on_token is not None:
+                    on_token(row, streams[row].push(token))
+            if not writing or length + 1 == len(ids) + limit:
                 break
-            answer.append(token)
-            ids_1S[0, length] = token
-            done = length
-            if on_token is not None:
-                on_token(stream.push(token))
-        else:
+            hidden_BD = self.norm(self.run_layers(ids_BS[:, length : length + 1], cache)[:, -1])
+            logits_BV = F.linear(hidden_BD, weight_VD)
+        for _ in writing:
             logger.warning("the enhanced prompt was cut at %d tokens before the model had finished", limit)
-        text = self.tokenizer.decode(answer).strip()
-        if not text:
-            logger.warning("the enhancer answered nothing; the original prompt is used")
-            return prompt
-        return text
+        return answers
+
+
+def _choose(
+    process: Callable[[Tensor, Tensor], Tensor],
+    ids_1S: Tensor,
+    logits_1V: Tensor,
+    generator: torch.Generator,
+    *,
+    greedy: bool,
+) -> int:
+    scores_1V = process(ids_1S, logits_1V)
+    return int(scores_1V.argmax()) if greedy else draw_token(scores_1V, generator)
+
+
+def _shifted(on_token: Callable[[int, str], None], first: int, row: int, text: str) -> None:
+    on_token(first + row, text)

@@ -14,6 +14,7 @@ from ernie_pack.ernie_core.model.enhancer import (
     make_processors,
     render_prompt,
 )
+from ernie_pack.ernie_core.model.kv_cache import KeyValueCache
 from ernie_pack.ernie_core.model.text_encoder import Tokenizer
 from tiny_text import tekken_bytes, text_config
 from torch.nn.functional import one_hot
@@ -148,6 +149,68 @@ def test_cached_steps_equal_whole_passes(enhancer):
     cache = DynamicCache()
     steps = [enhancer.run_layers(part, cache) for part in (ids[:, :9], *ids[:, 9:].split(1, dim=1))]
     assert torch.allclose(torch.cat(steps, dim=1), enhancer.run_layers(ids), atol=1e-5)
+
+
+def test_our_cache_gives_what_transformers_gives_bit_for_bit(enhancer):
+    from transformers import DynamicCache
+
+    ids = torch.tensor([[1, *range(40, 60)]])
+    steps = [
+        [enhancer.run_layers(part, cache) for part in (ids[:, :9], *ids[:, 9:].split(1, dim=1))]
+        for cache in (KeyValueCache(21), DynamicCache())
+    ]
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*steps, strict=True))
+
+
+def test_the_cache_takes_its_memory_once(enhancer):
+    cache = KeyValueCache(30)
+    enhancer.run_layers(torch.tensor([[1, 40, 41]]), cache)
+    places = [t.data_ptr() for t in cache._keys + cache._values]
+    for token in range(42, 60):
+        enhancer.run_layers(torch.tensor([[token]]), cache)
+    assert [t.data_ptr() for t in cache._keys + cache._values] == places
+    assert cache.get_seq_length() == 21
+
+
+def test_a_cache_that_was_cut_or_repeated_goes_on_as_if_new(enhancer):
+    start, token = torch.tensor([[1, 40, 41, 42]]), torch.tensor([[50]])
+    fresh, cache = KeyValueCache(9), KeyValueCache(9)
+    enhancer.run_layers(start, fresh)
+    enhancer.run_layers(start, cache)
+    expected = enhancer.run_layers(token, fresh)
+    rows = enhancer.run_layers(token.expand(3, 1), cache.repeat(3))
+    assert torch.allclose(rows, expected.expand(3, -1, -1), atol=1e-5)
+    enhancer.run_layers(torch.tensor([[60]]), cache)
+    cache.cut(4)
+    assert torch.equal(enhancer.run_layers(token, cache), expected)
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 3])
+def test_each_variant_is_what_its_seed_says_alone(enhancer, at_once):
+    seeds = [3, 9, 4, 3]
+    texts = enhancer.enhance_variants("cat", 64, 64, seeds=seeds, max_new_tokens=20, at_once=at_once)
+    assert texts == [enhancer.enhance("cat", 64, 64, seed=seed, max_new_tokens=20) for seed in seeds]
+    assert texts[0] == texts[3] != texts[1]
+
+
+def test_variants_may_end_at_different_lengths(enhancer, caplog):
+    seeds = range(12)
+    enhancer.eos_ids = frozenset(range(40, 60))
+    seen: dict[int, str] = {}
+    texts = enhancer.enhance_variants(
+        "cat", 64, 64, seeds=seeds, max_new_tokens=40, at_once=5, on_token=lambda row, text: seen.update({row: text})
+    )
+    assert texts == [enhancer.enhance("cat", 64, 64, seed=seed, max_new_tokens=40) for seed in seeds]
+    assert len({len(text) for text in texts}) > 3
+    assert all(texts[row] == text.strip() for row, text in seen.items() if "\ufffd" not in text + texts[row])
+
+
+def test_variants_read_the_prompt_once(enhancer, monkeypatch):
+    lengths = []
+    embed = enhancer.embed
+    monkeypatch.setattr(enhancer, "embed", lambda ids: (lengths.append(tuple(ids.shape)), embed(ids))[1])
+    enhancer.enhance_variants("cat", 64, 64, seeds=[1, 2, 3], max_new_tokens=4, at_once=3)
+    assert lengths == [(1, len(enhancer.tokenizer.encode(render_prompt("cat", 64, 64)))), *[(3, 1)] * 3]
 
 
 def test_the_prefix_is_read_once(enhancer, monkeypatch):

@@ -183,7 +183,7 @@ def test_defaults_are_the_pipelines():
 
     pipelines = pytest.importorskip("diffusers.pipelines.ernie_image", reason="needs diffusers >= 0.38")
     theirs = inspect.signature(pipelines.ErnieImagePipeline._enhance_prompt_with_pe).parameters
-    ours = inspect.signature(Enhancer.enhance).parameters
+    ours = inspect.signature(Enhancer.write_ids).parameters
     for name in ("temperature", "top_p"):
         assert ours[name].default == theirs[name].default
 
