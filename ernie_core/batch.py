@@ -13,8 +13,8 @@ import io
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,12 +49,45 @@ class Row:
     steps: int
     cfg: float
     shift: float
+    # What follows has a neutral value: rows that leave it there keep the hash that they had before it existed.
+    enhance: bool = False
+    """Whether the enhancer writes the prompt out."""
+    checkpoint: str = ""
+    """A transformer among the model files; empty = the model that is connected."""
+    variant: int = 1
+    """Which of the connected models."""
+    loras: tuple[tuple[str, float], ...] = ()
+    """(file name, strength) of LoRAs on top of what the model has."""
 
     @property
     def hash(self) -> str:
         """Twelve hex digits that follow from everything that shapes the picture, not from where the row stands."""
-        values = {k: v for k, v in asdict(self).items() if k != "label"}
+        values = {k: v for k, v in self.settings().items() if k != "label"}
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
+
+    def settings(self) -> dict[str, Any]:
+        """Every field but those at their neutral value."""
+        neutral = {f.name: f.default for f in fields(self) if f.default is not MISSING}
+        return {k: v for k, v in asdict(self).items() if k not in neutral or v != neutral[k]}
+
+    @classmethod
+    def from_settings(cls, values: Mapping[str, Any]) -> Row:
+        """The row that `settings` gave, also after a way through JSON.
+
+        Raises:
+            ErnieError: a field is missing or unknown.
+        """
+        known = {f.name: f for f in fields(cls)}
+        missing = [name for name, f in known.items() if f.default is MISSING and name not in values]
+        if missing or values.keys() - known.keys():
+            raise ErnieError(
+                f"a row with the fields {', '.join(known)} expected; missing {', '.join(missing) or 'none'}, "
+                f"unknown {', '.join(sorted(values.keys() - known.keys())) or 'none'}."
+            )
+        read = dict(values)
+        if "loras" in read:
+            read["loras"] = tuple((str(name), float(strength)) for name, strength in read["loras"])
+        return cls(**read)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,6 +251,12 @@ def _make_row(label: str, values: dict[str, Any], defaults: Row, place: int) -> 
                 f"{name} must be {'a whole number' if kind == 'int' else 'a number'}, got {value!r}"
             ) from e
     row = replace(defaults, label=label, **read)
+    check_row(row)
+    return row
+
+
+def check_row(row: Row) -> None:
+    """Raise ErnieError unless a picture of these settings can be made."""
     if "\ufffd" in row.prompt + row.negative:
         raise ErnieError("is not UTF-8 text; save the file as UTF-8")
     check_size(row.width, row.height)
@@ -233,7 +272,6 @@ def _make_row(label: str, values: dict[str, Any], defaults: Row, place: int) -> 
         raise ErnieError(f"cfg must be 0 or more, got {row.cfg:g}")
     if not (0 < row.shift < float("inf")):
         raise ErnieError(f"shift must be above 0, got {row.shift:g}")
-    return row
 
 
 def vary_rows(
@@ -329,13 +367,13 @@ def read_manifest(folder: Path) -> dict[str, str]:
 
 
 def append_manifest(folder: Path, row: Row, file: str) -> None:
-    """Add one line and force it to disk; call it after the picture is written.
+    """Add one line and force it to disk; call it after the picture is written, which is read back for its pixels' hash.
 
     Raises:
-        ErnieError: the disk is full or the folder cannot be written to.
+        ErnieError: the picture cannot be read back, the disk is full, or the folder cannot be written to.
     """
     path = folder / MANIFEST
-    entry = {"hash": row.hash, "file": file, **asdict(row)}
+    entry = {"hash": row.hash, "file": file, "pixels": hash_pixels(folder / file), **row.settings()}
     try:
         with path.open("a+b") as f:
             if f.tell():
@@ -358,9 +396,20 @@ def read_image(path: Path) -> Tensor:
     Raises:
         ErnieError: it is damaged or no picture.
     """
+    return torch.from_numpy(read_pixels(path).astype(np.float32) / 255.0)
+
+
+def hash_pixels(path: Path) -> str:
+    """sha256 of a picture's size and pixels, whatever the file says besides; ErnieError as `read_image`."""
+    pixels = read_pixels(path)
+    return hashlib.sha256(f"{pixels.shape}".encode() + pixels.tobytes()).hexdigest()
+
+
+def read_pixels(path: Path) -> np.ndarray:
+    """A picture file as uint8 [H, W, 3]; ErnieError as `read_image`."""
     try:
         with Image.open(path) as image:
-            return torch.from_numpy(np.asarray(image.convert("RGB")).astype(np.float32) / 255.0)
+            return np.asarray(image.convert("RGB"))
     except (OSError, SyntaxError) as e:  # PIL: SyntaxError for a broken PNG chunk
         raise ErnieError(f"{path} cannot be read as a picture ({e}). Delete it and run again: it is made anew.") from e
 
@@ -384,12 +433,13 @@ class BatchResult:
 
 
 def run_rows(
-    rows: list[Row],
+    rows: Sequence[Row],
     folder: Path,
     *,
     encode: Callable[[str], Any],
     generate: Callable[[Row, Any, Any], Tensor],
     save: Callable[[Tensor, Path, Row], None],
+    write: Callable[[Row], str] | None = None,
     on_row: Callable[[int, int, Row], None] | None = None,
 ) -> BatchResult:
     """Make every picture that is not there yet, one after the other.
@@ -400,20 +450,23 @@ def run_rows(
         encode: text -> conditioning; called once per different text of a group of rows.
         generate: (row, positive, negative) -> picture [H, W, 3] in [0, 1]; negative is None at cfg 1.
         save: writes a picture; must be atomic.
+        write: row -> the text to encode; None = its prompt.
         on_row: called with (number from 1, rows to make, row) before each picture; may raise to stop, and everything
             finished until then stays.
     """
     done = read_manifest(folder)
     pending = list({row.hash: row for row in rows if row.hash not in done}.values())
+    encoded: dict[str, Any] = {}
     for start in range(0, len(pending), ENCODE_AHEAD):
         group = pending[start : start + ENCODE_AHEAD]
-        texts = [t for row in group for t in ([row.prompt] if row.cfg == 1 else [row.prompt, row.negative])]
-        encoded = {text: encode(text) for text in dict.fromkeys(texts)}
-        for number, row in enumerate(group, start=start + 1):
+        texts = [(row.prompt if write is None else write(row), None if row.cfg == 1 else row.negative) for row in group]
+        wanted = dict.fromkeys(text for pair in texts for text in pair if text is not None)
+        encoded = {text: encoded[text] if text in encoded else encode(text) for text in wanted}
+        for number, (row, (prompt, negative)) in enumerate(zip(group, texts, strict=True), start=start + 1):
             if on_row is not None:
                 on_row(number, len(pending), row)
-            image = generate(row, encoded[row.prompt], None if row.cfg == 1 else encoded[row.negative])
-            file = f"{row.hash}_{row.seed}.png"
+            image = generate(row, encoded[prompt], None if negative is None else encoded[negative])
+            file = file_name(row)
             save(image, folder / file, row)
             append_manifest(folder, row, file)
             done[row.hash] = file
@@ -422,6 +475,11 @@ def run_rows(
     )
 
 
+def file_name(row: Row) -> str:
+    """The name of a row's picture: the same in every run and on every machine."""
+    return f"{row.hash}_{row.seed}.png"
+
+
 def row_entries(row: Row) -> dict[str, str]:
     """The row's settings as text, for a picture's metadata."""
-    return {f.name: str(getattr(row, f.name)) for f in fields(row) if f.name != "label"}
+    return {name: str(value) for name, value in row.settings().items() if name != "label"}

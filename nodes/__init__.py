@@ -19,6 +19,7 @@ class ErnieExtension(ComfyExtension):
         from .batch import ErnieBatchFromPrompts
         from .benchmark import ErnieAestheticBenchmark, ErniePromptBenchmark
         from .dataset import ErnieDatasetFolder, ErnieDatasetImages, ErniePairsFolder
+        from .grid import ErnieXYGrid
         from .guidance import ErnieGuidance, ErnieSkipLayerGuidance
         from .loading import (
             ErnieLoadDiffusionModel,
@@ -57,6 +58,7 @@ class ErnieExtension(ComfyExtension):
             ErnieGuidance,
             ErnieSkipLayerGuidance,
             ErnieBatchFromPrompts,
+            ErnieXYGrid,
             ErnieLoadLora,
             ErnieMergeLora,
             ErnieExtractLora,

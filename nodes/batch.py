@@ -5,7 +5,8 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from . import host
-from .sampling import CUSTOM, MAX_SEED, PRESETS, cfg_input, preset_settings, shift_input, size_inputs, steps_input
+from .rows import Studio, default_row
+from .sampling import CUSTOM, MAX_SEED, PRESETS, cfg_input, shift_input, size_inputs, steps_input
 from .wildcards import find_wildcards
 
 CATEGORY = "ERNIE/batch"
@@ -135,53 +136,8 @@ class ErnieBatchFromPrompts(io.ComfyNode):
         choices = find_wildcards() if wildcards else None
         rows, more = vary_rows(rows, variations=variations, wildcards=choices, seed=seed)
         folder = run_folder(host.output_folder(), name)
-        result = run_rows(rows, folder, **callbacks(model, clip, vae, cls.hidden))
+        studio = Studio(models=[model], clip=clip, vae=vae, hidden=cls.hidden)
+        result = run_rows(rows, folder, **studio.callbacks())
         images = [read_image(path)[None] for path in result.files] if collect else []
         report = result.report([*problems, *more])
         return io.NodeOutput(images, report, ui={"text": [report]})
-
-
-def default_row(*, preset: str, steps: int, cfg: float, prompt: str = "", **settings):
-    """A row with the widgets' values."""
-    from ..ernie_core.batch import Row
-
-    steps, cfg = preset_settings(preset, steps, cfg)
-    return Row(label="", prompt=prompt, steps=steps, cfg=cfg, **settings)
-
-
-def callbacks(model, clip, vae, hidden) -> dict:
-    """What the engine's `run_rows` needs from the host."""
-    return {
-        "encode": lambda text: host.encode_prompt(clip, text),
-        "generate": lambda row, positive, negative: generate(model, vae, row, positive, negative),
-        "save": lambda image, path, row: save(image, path, row, hidden),
-        "on_row": lambda number, total, row: announce(hidden.unique_id, number, total, row),
-    }
-
-
-def announce(node_id: str | None, number: int, total: int, row) -> None:
-    host.throw_if_interrupted()
-    host.show_text(node_id, f"{number} of {total} ({row.label}): {row.prompt[:80]}")
-
-
-def generate(model, vae, row, positive, negative):
-    """One picture [H, W, 3] in [0, 1]."""
-    from ..ernie_core.sampling.schedule import make_sigmas
-
-    latent = host.sample(
-        host.set_shift(model, row.shift),
-        positive=positive,
-        negative=negative,
-        latent=host.empty_latent(row.width, row.height, 1),
-        sigmas=make_sigmas(row.steps, shift=row.shift),
-        cfg=row.cfg,
-        seed=row.seed,
-    )
-    return host.decode(vae, latent)[0]
-
-
-def save(image, path, row, hidden) -> None:
-    from ..ernie_core.batch import row_entries
-
-    entries = {f"ernie_{name}": value for name, value in row_entries(row).items()}
-    host.save_png(image, path, prompt=hidden.prompt, extra_pnginfo=hidden.extra_pnginfo, entries=entries)

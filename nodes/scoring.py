@@ -10,7 +10,8 @@ from comfy_api.latest import io
 
 from ..ernie_core.errors import ErnieError
 from . import host
-from .batch import ROW_TOOLTIP, generate, save
+from .batch import ROW_TOOLTIP
+from .rows import Studio
 from .sampling import CUSTOM, MAX_SEED, PRESETS, cfg_input, preset_settings, shift_input, size_inputs, steps_input
 
 CATEGORY = "ERNIE/scoring"
@@ -540,6 +541,7 @@ def candidates(source: str, n: int, *, preset: str, steps: int, cfg: float, **ro
 def best_of_callbacks(model, clip, vae, hidden, total: int) -> dict:
     """What the engine's `run_best_of` needs from the host."""
     bar = host.progress(total)
+    studio = Studio(models=[model], clip=clip, vae=vae, hidden=hidden)
 
     def announce(number: int, total: int, row) -> None:
         host.throw_if_interrupted()
@@ -547,9 +549,9 @@ def best_of_callbacks(model, clip, vae, hidden, total: int) -> dict:
         host.show_text(hidden.unique_id, f"candidate {number} of {total}, seed {row.seed}: {row.prompt[:80]}")
 
     return {
-        "encode": lambda text: host.encode_prompt(clip, text),
-        "generate": lambda row, positive, negative: generate(model, vae, row, positive, negative),
-        "save": lambda image, path, row: save(image, path, row, hidden),
+        "encode": studio.encode,
+        "generate": studio.generate,
+        "save": studio.save,
         "on_candidate": announce,
     }
 

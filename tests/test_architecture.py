@@ -17,7 +17,7 @@ HEAVY = {"torch", "transformers", "numpy", "diffusers", "xformers", "safetensors
 # Inside the engine imports point downwards only: a file may import files of earlier levels, or of its own.
 LEVELS = [
     {"errors"},
-    {"config", "wildcards"},
+    {"config", "wildcards", "lettering"},
     {"sampling.inputs", "sampling.schedule", "sampling.latents", "sampling.guidance"},
     {"model.rope", "model.attention", "model.kv_cache"},
     {"model.dit", "model.vae", "model.text_encoder", "model.enhancer", "sampling.samplers"},
@@ -31,6 +31,7 @@ LEVELS = [
     },
     {"weights.lora_hooks", "weights.lora_edit"},
     {"batch", "pipeline"},
+    {"grid"},
     {"training.captions", "training.pictures"},
     {"training.items"},
     {"training.adapters", "training.blocks", "training.objectives", "training.dataset"},

@@ -1,32 +1,25 @@
-"""Charts, tables and contact sheets. Drawn with Pillow, returned as uint8 [H, W, 3].
-
-The font is Pillow's own; text in Chinese, Japanese or Korean takes a font of the machine where there is one.
-"""
+"""Charts, tables and contact sheets. Drawn with Pillow, returned as uint8 [H, W, 3]."""
 
 from __future__ import annotations
 
-import functools
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from ..errors import ErnieError
+from ..lettering import INK, PAPER, TEXT_PX, fit, text_width, write, write_plate
 
-_PAPER, _INK, _FAINT, _GRID = (255, 255, 255), (40, 40, 46), (120, 120, 128), (226, 226, 230)
-_HEAD, _BAND, _PLATE = (236, 240, 248), (248, 249, 252), (16, 16, 20)
+_FAINT, _GRID = (120, 120, 128), (226, 226, 230)
+_HEAD, _BAND = (236, 240, 248), (248, 249, 252)
 _COLOURS = (
     *((38, 92, 196), (206, 84, 30), (34, 138, 84), (140, 62, 170)),
     *((186, 140, 16), (20, 140, 160), (200, 50, 100), (110, 110, 118)),
 )
-_TEXT_PX, _TITLE_PX = 12, 15
-_WIDE_FONTS = (
-    *("NotoSansCJK-Regular.ttc", "NotoSansSC-Regular.otf", "SourceHanSansSC-Regular.otf", "msyh.ttc", "simhei.ttf"),
-    *("PingFang.ttc", "Hiragino Sans GB.ttc", "wqy-microhei.ttc", "DroidSansFallback.ttf", "Arial Unicode.ttf"),
-)
+_TITLE_PX = 15
 _NUMBER = re.compile(r"[-+]?[\d.,]*\d%?|-|n/a|nan", re.IGNORECASE)
 
 
@@ -134,7 +127,7 @@ def draw_scatter(
             pen.ellipse((x - dot, y - dot, x + dot, y + dot), fill=(*_colour(i), 190))
     chart.picture.paste(shade, (0, 0), shade)
     if ends:
-        chart.pen.line([chart.at(*end) for end in ends], fill=_INK, width=2)
+        chart.pen.line([chart.at(*end) for end in ends], fill=INK, width=2)
     chart.legend(list(kept))
     return chart.pixels()
 
@@ -157,7 +150,7 @@ def draw_bars(
     else:
         low, high = min(0.0, *ends), max(0.0, *ends)
         low, high = (low, high + 0.1 * (high - low)) if high > low else (0.0, 1.0)
-    chart.left = 24 + min(width // 3, max(_text_width(bar.label, _TEXT_PX) for bar in rows))
+    chart.left = 24 + min(width // 3, max(text_width(bar.label, TEXT_PX) for bar in rows))
     chart.right -= 64
     chart.axes(low, high, 0.0, float(len(rows)), x_label=label, grid_y=False)
     for i, bar in enumerate(rows):
@@ -166,11 +159,11 @@ def draw_bars(
         chart.pen.rectangle((a, middle - 8, max(b, a + 1), middle + 8), fill=_colour(0 if bar.value >= 0 else 1))
         if bar.low is not None and bar.high is not None and math.isfinite(bar.low) and math.isfinite(bar.high):
             x0, x1 = chart.at(bar.low, 0.0)[0], chart.at(bar.high, 0.0)[0]
-            chart.pen.line((x0, middle, x1, middle), fill=_INK, width=2)
+            chart.pen.line((x0, middle, x1, middle), fill=INK, width=2)
             for x in (x0, x1):
-                chart.pen.line((x, middle - 4, x, middle + 4), fill=_INK, width=2)
-        _write(chart.pen, (12, middle - 8), _fit(bar.label, chart.left - 20, _TEXT_PX))
-        _write(chart.pen, (chart.right + 10, middle - 8), f"{bar.value:.4g}")
+                chart.pen.line((x, middle - 4, x, middle + 4), fill=INK, width=2)
+        write(chart.pen, (12, middle - 8), fit(bar.label, chart.left - 20, TEXT_PX))
+        write(chart.pen, (chart.right + 10, middle - 8), f"{bar.value:.4g}")
     x = chart.at(0.0, 0.0)[0]
     chart.pen.line((x, chart.top, x, chart.bottom), fill=_FAINT)
     return chart.pixels()
@@ -187,23 +180,23 @@ def draw_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, title: s
             raise ErnieError(f"a row of the table has {len(row)} cells and its header {len(header)}: {list(row)}.")
     widest = 320
     columns = [
-        min(widest, max(_text_width(c, _TEXT_PX) for c in column)) + 24 for column in zip(header, *rows, strict=True)
+        min(widest, max(text_width(c, TEXT_PX) for c in column)) + 24 for column in zip(header, *rows, strict=True)
     ]
     row_px, top = 24, 34 if title else 6
-    width = max(sum(columns) + 12, _text_width(title, _TITLE_PX) + 20)
-    picture = Image.new("RGB", (width, top + row_px * (len(rows) + 1) + 8), _PAPER)
+    width = max(sum(columns) + 12, text_width(title, _TITLE_PX) + 20)
+    picture = Image.new("RGB", (width, top + row_px * (len(rows) + 1) + 8), PAPER)
     pen = ImageDraw.Draw(picture)
-    _write(pen, (8, 8), title, _TITLE_PX)
+    write(pen, (8, 8), title, _TITLE_PX)
     for i, row in enumerate((header, *rows)):
         y = top + i * row_px
         if i == 0 or i % 2 == 0:
             pen.rectangle((6, y, 6 + sum(columns), y + row_px - 1), fill=_HEAD if i == 0 else _BAND)
         x = 6
         for j, cell in enumerate(row):
-            text = _fit(cell, columns[j] - 16, _TEXT_PX)
+            text = fit(cell, columns[j] - 16, TEXT_PX)
             numeric = all(_NUMBER.fullmatch(r[j].strip().split(" ")[0]) for r in rows if r[j].strip())
-            shift = columns[j] - 12 - _text_width(text, _TEXT_PX) if numeric and rows else 12
-            _write(pen, (x + shift, y + 4), text)
+            shift = columns[j] - 12 - text_width(text, TEXT_PX) if numeric and rows else 12
+            write(pen, (x + shift, y + 4), text)
             x += columns[j]
     pen.line((6, top + row_px - 1, 6 + sum(columns), top + row_px - 1), fill=_FAINT)
     return np.asarray(picture)
@@ -212,7 +205,7 @@ def draw_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, title: s
 def draw_number(picture: np.ndarray, text: str) -> np.ndarray:
     """A copy of a picture uint8 [H, W, 3] with `text` on a dark plate in its upper left corner."""
     image = Image.fromarray(picture)
-    _write_plate(ImageDraw.Draw(image), (0, 0), text, max(10, min(48, min(image.size) // 9)), image.width)
+    write_plate(ImageDraw.Draw(image), (0, 0), text, max(10, min(48, min(image.size) // 9)), image.width)
     return np.array(image)
 
 
@@ -233,20 +226,20 @@ def contact_sheet(cells: Iterable[Cell], *, title: str = "", columns: int = 6, c
     top, gap = 34 if title else 8, 8
     label_px = 20 if any(label for *_, label in small) else 0
     across = max(1, min(columns, len(small)))
-    width = max(gap + across * (cell_px + gap), _text_width(title, _TITLE_PX) + 20)
+    width = max(gap + across * (cell_px + gap), text_width(title, _TITLE_PX) + 20)
     down = math.ceil(len(small) / across)
-    sheet = Image.new("RGB", (width, top + max(1, down) * (cell_px + label_px + gap)), _PAPER)
+    sheet = Image.new("RGB", (width, top + max(1, down) * (cell_px + label_px + gap)), PAPER)
     pen = ImageDraw.Draw(sheet)
-    _write(pen, (8, 8), title, _TITLE_PX)
+    write(pen, (8, 8), title, _TITLE_PX)
     if not small:
-        _write(pen, (8, top), "no pictures", fill=_FAINT)
+        write(pen, (8, top), "no pictures", fill=_FAINT)
     for i, (image, text, label) in enumerate(small):
         x = gap + i % across * (cell_px + gap)
         y = top + i // across * (cell_px + label_px + gap)
         corner = (x + (cell_px - image.width) // 2, y + (cell_px - image.height) // 2)
         sheet.paste(image, corner)
-        _write_plate(pen, corner, text, max(10, cell_px // 11), cell_px)
-        _write(pen, (x, y + cell_px + 2), _fit(label, cell_px, _TEXT_PX))
+        write_plate(pen, corner, text, max(10, cell_px // 11), cell_px)
+        write(pen, (x, y + cell_px + 2), fit(label, cell_px, TEXT_PX))
     return np.asarray(sheet)
 
 
@@ -269,13 +262,13 @@ class _Chart:
     """A sheet with a title and a plane of data coordinates; `at` says where a value lies on it."""
 
     def __init__(self, width: int, height: int, title: str, *, lost: int = 0) -> None:
-        self.picture = Image.new("RGB", (width, height), _PAPER)
+        self.picture = Image.new("RGB", (width, height), PAPER)
         self.pen = ImageDraw.Draw(self.picture)
         self.left, self.right, self.top, self.bottom = 68, width - 18, 52, height - 44
-        _write(self.pen, (12, 8), _fit(title, width - 24, _TITLE_PX), _TITLE_PX)
+        write(self.pen, (12, 8), fit(title, width - 24, _TITLE_PX), _TITLE_PX)
         if lost:
             text = f"{lost} without a finite value left out"
-            _write(self.pen, (width - _text_width(text, _TEXT_PX) - 12, 10), text, fill=_COLOURS[1])
+            write(self.pen, (width - text_width(text, TEXT_PX) - 12, 10), text, fill=_COLOURS[1])
 
     def axes(
         self,
@@ -294,18 +287,18 @@ class _Chart:
             x, _ = self.at(value, self.y0)
             self.pen.line((x, self.top, x, self.bottom), fill=_GRID)
             text = f"{value:.6g}"
-            _write(self.pen, (x - _text_width(text, _TEXT_PX) / 2, self.bottom + 5), text)
+            write(self.pen, (x - text_width(text, TEXT_PX) / 2, self.bottom + 5), text)
         for value in _ticks(self.y0, self.y1, 6) if grid_y else ():
             if whole_y and value != round(value):
                 continue
             _, y = self.at(self.x0, value)
             self.pen.line((self.left, y, self.right, y), fill=_GRID)
             text = f"{value:.6g}"
-            _write(self.pen, (self.left - 8 - _text_width(text, _TEXT_PX), y - 8), text)
+            write(self.pen, (self.left - 8 - text_width(text, TEXT_PX), y - 8), text)
         self.pen.line((self.left, self.bottom, self.right, self.bottom), fill=_FAINT)
-        middle = (self.left + self.right - _text_width(x_label, _TEXT_PX)) / 2
-        _write(self.pen, (middle, self.bottom + 23), x_label, fill=_FAINT)
-        _write(self.pen, (12, self.top - 20), y_label, fill=_FAINT)
+        middle = (self.left + self.right - text_width(x_label, TEXT_PX)) / 2
+        write(self.pen, (middle, self.bottom + 23), x_label, fill=_FAINT)
+        write(self.pen, (12, self.top - 20), y_label, fill=_FAINT)
 
     def at(self, x: float, y: float) -> tuple[float, float]:
         across = (x - self.x0) / (self.x1 - self.x0)
@@ -315,18 +308,18 @@ class _Chart:
     def legend(self, names: Sequence[str]) -> None:
         if len(names) < 2:
             return
-        shown = [(_fit(name, 140, _TEXT_PX), i) for i, name in enumerate(names[:6])]
+        shown = [(fit(name, 140, TEXT_PX), i) for i, name in enumerate(names[:6])]
         if len(names) > len(shown):
             shown.append((f"and {len(names) - len(shown)} more", -1))
-        x = self.right - sum(_text_width(text, _TEXT_PX) + 28 for text, _ in shown)
+        x = self.right - sum(text_width(text, TEXT_PX) + 28 for text, _ in shown)
         for text, i in shown:
             if i >= 0:
                 self.pen.rectangle((x, self.top - 17, x + 10, self.top - 7), fill=_colour(i))
-            _write(self.pen, (x + 14, self.top - 20), text)
-            x += _text_width(text, _TEXT_PX) + 28
+            write(self.pen, (x + 14, self.top - 20), text)
+            x += text_width(text, TEXT_PX) + 28
 
     def empty(self) -> np.ndarray:
-        _write(self.pen, (self.left, self.picture.height / 2), "no values", fill=_FAINT)
+        write(self.pen, (self.left, self.picture.height / 2), "no values", fill=_FAINT)
         return self.pixels()
 
     def pixels(self) -> np.ndarray:
@@ -348,46 +341,3 @@ def _ticks(low: float, high: float, most: int) -> list[float]:
     step *= next(m for m in (1, 2, 5, 10) if (high - low) / (step * m) <= most)
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     return [i * step + 0.0 for i in range(first, last + 1)]
-
-
-def _write(pen: ImageDraw.ImageDraw, at: tuple[float, float], text: str, size: int = _TEXT_PX, *, fill=_INK) -> None:
-    if text := " ".join(text.split()):
-        pen.text(at, text, fill=fill, font=_font(size, _is_wide(text)))
-
-
-def _write_plate(pen: ImageDraw.ImageDraw, corner: tuple[int, int], text: str, size: int, width_px: int) -> None:
-    """White text on a dark plate, at most `width_px` wide."""
-    (x, y), pad = corner, size // 3
-    text = _fit(text, width_px - 2 * pad, size)
-    pen.rectangle((x, y, x + _text_width(text, size) + 2 * pad, y + size + 2 * pad), fill=_PLATE)
-    _write(pen, (x + pad, y + pad - size // 10), text, size, fill=_PAPER)
-
-
-def _text_width(text: str, size: int) -> int:
-    text = " ".join(text.split())
-    return math.ceil(_font(size, _is_wide(text)).getlength(text)) if text else 0
-
-
-def _fit(text: str, width_px: int, size: int) -> str:
-    """`text`, cut to what is drawn in `width_px`."""
-    text = " ".join(text.split())
-    if _text_width(text, size) <= width_px:
-        return text
-    most = len(text)
-    while most > 1 and _text_width(text[:most] + "...", size) > width_px:
-        most = min(most - 1, max(1, int(most * width_px / _text_width(text[:most] + "...", size))))
-    return text[:most] + "..."
-
-
-def _is_wide(text: str) -> bool:
-    return any(ord(c) >= 0x2E80 for c in text)  # from the CJK radicals on
-
-
-@functools.lru_cache(maxsize=64)
-def _font(size: int, wide: bool) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    for name in _WIDE_FONTS if wide else ():
-        try:
-            return ImageFont.truetype(name, size)
-        except OSError:
-            continue  # not on this machine
-    return ImageFont.load_default(size)

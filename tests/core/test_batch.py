@@ -1,6 +1,7 @@
 """Prompt lists are read row by row, and nothing that was made is made again."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from ernie_pack.ernie_core.batch import (
     Row,
     append_manifest,
     fingerprint,
+    hash_pixels,
     read_image,
     read_manifest,
     read_rows,
@@ -203,10 +205,46 @@ def test_the_negative_is_not_encoded_at_cfg_1(tmp_path: Path):
 
 def test_manifest_lines_hold_the_row(tmp_path: Path):
     (row,), _ = read_rows("\u732b", DEFAULTS)
+    Image.new("RGB", (4, 2), "red").save(tmp_path / "a.png")
     append_manifest(tmp_path, row, "a.png")
     entry = json.loads((tmp_path / MANIFEST).read_text(encoding="utf-8"))
     assert entry["prompt"] == "\u732b"
     assert entry["hash"] == row.hash
+    assert entry["pixels"] == hash_pixels(tmp_path / "a.png")
+
+
+def test_what_is_neutral_does_not_change_a_rows_hash():
+    """Pictures made before a setting existed are still found: this hash is that of release 0.1.0."""
+    assert DEFAULTS.hash == "38608311469e"
+    assert "loras" not in DEFAULTS.settings()
+    assert replace(DEFAULTS, enhance=True).hash != DEFAULTS.hash
+
+
+def test_a_row_survives_json():
+    row = replace(DEFAULTS, loras=(("a.safetensors", 0.5),), checkpoint="b", variant=2, enhance=True)
+    again = Row.from_settings(json.loads(json.dumps(row.settings())))
+    assert again == row
+    assert again.hash == row.hash
+    with pytest.raises(ErnieError, match="missing seed"):
+        Row.from_settings({k: v for k, v in row.settings().items() if k != "seed"})
+    with pytest.raises(ErnieError, match="unknown colour"):
+        Row.from_settings({**row.settings(), "colour": 1})
+
+
+def test_the_pixels_hash_is_of_pixels_and_size(tmp_path: Path):
+    for name, size, comment in (("a", (4, 2), 1), ("b", (4, 2), 9), ("c", (2, 4), 1)):
+        Image.new("RGB", size, "red").save(tmp_path / f"{name}.png", compress_level=comment)
+    a, b, c = (hash_pixels(tmp_path / f"{name}.png") for name in "abc")
+    assert a == b != c
+
+
+def test_a_picture_that_did_not_arrive_whole_is_not_in_the_manifest(tmp_path: Path):
+    studio = Studio()
+    studio.save = lambda image, path, row: path.write_bytes(b"half a picture")
+    rows, _ = read_rows("one", DEFAULTS)
+    with pytest.raises(ErnieError, match="cannot be read as a picture"):
+        studio.run(rows, tmp_path)
+    assert read_manifest(tmp_path) == {}
 
 
 @pytest.mark.parametrize("name", ["", " ", "..", "../elsewhere", "."])

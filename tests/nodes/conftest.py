@@ -12,8 +12,8 @@ from node_schemas import find_classes  # noqa: E402
 from recording_host import RecordingHost  # noqa: E402
 
 NODE_FILES = (
-    *("loading", "text", "sampling", "batch", "lora", "wildcards"),
     "guidance",
+    *("loading", "text", "sampling", "batch", "rows", "grid", "lora", "wildcards"),
     *("dataset", "recipes", "training", "tournament", "benchmark", "scoring"),
 )
 

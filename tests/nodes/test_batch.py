@@ -75,11 +75,12 @@ def test_an_empty_list_is_an_error_before_anything_runs(run, recording):
 
 
 def test_progress_names_the_row_and_can_stop(run, recording, monkeypatch):
-    from ernie_pack.nodes.batch import announce
+    from ernie_pack.nodes.rows import Studio
 
     shown = []
     monkeypatch.setattr(type(recording), "show_text", lambda self, node, text: shown.append((node, text)))
-    announce("7", 2, 9, SimpleNamespace(label="row 4", prompt="a cat"))
+    studio = Studio(models=[], clip=None, vae=None, hidden=SimpleNamespace(unique_id="7"))
+    studio.announce(2, 9, SimpleNamespace(label="row 4", prompt="a cat"))
     assert shown == [("7", "2 of 9 (row 4): a cat")]
 
 

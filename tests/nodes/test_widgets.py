@@ -191,6 +191,11 @@ def test_no_widget_is_left_out_above(node_classes, recording):
         for item in node_classes[node_id].GET_SCHEMA().inputs
         if item.get_io_type() in ("COMBO", "BOOLEAN", "STRING", "INT", "FLOAT")
     }
+    elsewhere |= {  # all of these in test_grid.py, on networks in miniature
+        ("ErnieXYGrid", item.id)
+        for item in node_classes["ErnieXYGrid"].GET_SCHEMA().inputs
+        if item.get_io_type() in ("COMBO", "BOOLEAN", "STRING", "INT", "FLOAT")
+    }
     everything = {
         (node_id, item.id)
         for node_id, cls in node_classes.items()

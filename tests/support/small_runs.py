@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from pathlib import Path
 
 from rated_images import draw_rated, write_rows
@@ -56,6 +57,9 @@ def saved_pictures(prompt: dict) -> int:
     """How many pictures a run of one of our workflows writes into the output folder."""
     count = sum(node["class_type"] == "SaveImage" for node in prompt.values())
     for node in prompt.values():
+        if node["class_type"] == "ErnieXYGrid":
+            values = [node["inputs"][f"{letter}_values"] for letter in "xyz"]
+            count += math.prod(len(text.split(",")) for text in values if text)
         if node["class_type"] in ("ErnieBatchFromPrompts", "ErnieBestOfN"):
             lines = node["inputs"]["source"].splitlines()
             prompts = sum(bool(line.strip()) and not line.startswith("#") for line in lines)
