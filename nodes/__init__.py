@@ -19,6 +19,7 @@ class ErnieExtension(ComfyExtension):
         from .batch import ErnieBatchFromPrompts
         from .benchmark import ErnieAestheticBenchmark, ErniePromptBenchmark
         from .dataset import ErnieDatasetFolder, ErnieDatasetImages, ErniePairsFolder
+        from .experts import ErnieExpert, ErnieMixExperts
         from .grid import ErnieXYGrid
         from .guidance import ErnieGuidance, ErnieSkipLayerGuidance
         from .loading import (
@@ -64,6 +65,8 @@ class ErnieExtension(ComfyExtension):
             ErnieExtractLora,
             ErnieResizeLora,
             ErnieConvertLora,
+            ErnieExpert,
+            ErnieMixExperts,
             ErnieDatasetFolder,
             ErnieDatasetImages,
             ErniePairsFolder,

@@ -108,6 +108,8 @@ PATHS: dict[str, tuple[str, ...]] = {
     "warmup": ("optimiser", "warmup"),
     "ema": ("optimiser", "ema"),
     "noise_levels": ("sigmas", "kind"),
+    "noise_start": ("sigmas", "high"),
+    "noise_end": ("sigmas", "low"),
     "region_weight": ("region_weight",),
     "keyword_weight": ("keyword_weight",),
     "skip_blocks": ("depth", "skip"),
@@ -329,6 +331,20 @@ def advanced_inputs() -> list[io.Input]:
             "[sigmas] shift, checkpointing, tensorboard. An unknown name is an error that suggests the right one. "
             "Empty (neutral): defaults.",
             extra_dict=ADVANCED,
+        ),
+        *(
+            io.Float.Input(
+                f"noise_{edge}",
+                default=default,
+                min=0.0,
+                max=1.0,
+                step=0.01,
+                round=0.0001,
+                tooltip=f"{which} noise level (sigma) that is trained, 0 to 1; {default:g} (neutral) = all. Narrower "
+                "for an expert of a band, see Expert (ERNIE).",
+                extra_dict=ADVANCED,
+            )
+            for edge, which, default in (("start", "Highest", 1.0), ("end", "Lowest", 0.0))
         ),
     ]
 

@@ -9,6 +9,7 @@ MODEL here is a `Model`, CLIP a `TextModel`, VAE an `ernie_core.model.vae.VAE`; 
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from ..ernie_core.sampling.guidance import Denoise
+    from ..ernie_core.sampling.guidance import Denoise, GuidanceRun
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +84,9 @@ class Model:
     """Blocks that are left out."""
     guidance: tuple[Any, ...] = ()
     """Guidance rules, in the order in which they were added."""
+    experts: tuple[Any, ...] = ()
+    """Who denoises which noise levels; the model itself where nobody does."""
+    expert_blend: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -523,17 +527,24 @@ def lora_shapes(model: Model) -> dict[str, tuple[int, ...]]:
 
 
 def apply_lora(
-    model: Model, lora: Any, strengths: Mapping[str, float], *, start: float = 1.0, end: float = 0.0
+    model: Model,
+    lora: Any,
+    strengths: Mapping[str, float],
+    *,
+    start: float = 1.0,
+    end: float = 0.0,
+    blend: float = 0.0,
 ) -> Model:
     """Return a model with a LoRA, or `model` itself where that changes nothing; its weights are shared.
 
-    `strengths` are per module, without those at 0; it acts from noise level `start` down to `end`. ErnieError when the
-    levels run upwards or the LoRA changes a bias that the model does not have.
+    `strengths` are per module, without those at 0; it acts from noise level `start` down to `end`, with a ramp of width
+    `blend` across each edge. ErnieError when the levels run upwards or the LoRA changes a bias that the model does not
+    have.
     """
     from ..ernie_core.weights.lora_edit import check_biases
     from ..ernie_core.weights.lora_hooks import LoraUse
 
-    use = LoraUse(lora=lora, strengths=dict(strengths), start=start, end=end)
+    use = LoraUse(lora=lora, strengths=dict(strengths), start=start, end=end, blend=blend)
     if not strengths or start == end:
         return model
     check_biases(lora, strengths, dict(model.dit.named_parameters()))
@@ -556,6 +567,18 @@ def _with_loras(denoise: Denoise, dit: Any, loras: tuple[Any, ...]) -> Denoise:
             return denoise(x, sigma)
 
     return call
+
+
+# ---------------------------------------------------------------------------------------------------- experts
+
+
+def set_experts(model: Model, experts: Sequence[Any], *, blend: float = 0.0) -> Model:
+    """Return a model whose noise levels are denoised by `experts`, models and guidance strengths; LoRAs are applied."""
+    if model.experts:
+        raise ErnieError("the model has experts already: put all of them into one chain of Expert (ERNIE) nodes.")
+    if all(e.model is None and e.cfg is None for e in experts):
+        return model
+    return replace(model, experts=tuple(experts), expert_blend=blend)
 
 
 # ---------------------------------------------------------------------------------------------------- scorers
@@ -669,7 +692,7 @@ def sample_from_noise(
     """Return (final samples, the last step's clean estimate), both fp32 on the CPU."""
     import torch
 
-    from ..ernie_core.sampling.guidance import GuidanceRun, with_guidance
+    from ..ernie_core.sampling.guidance import GuidanceRun
     from ..ernie_core.sampling.latents import mix_noise
     from ..ernie_core.sampling.samplers import sample_euler
 
@@ -682,18 +705,9 @@ def sample_from_noise(
         if conditioning is not None:
             _check_conditioning(model.dit.config.text_in_dim, name, conditioning)
     where = device()
-    dit = _bring(model.dit)
     start, noise = start.to(where), noise.to(where)
     batch, size = start.shape[0], (start.shape[2], start.shape[3])
-    uncond = None if negative is None or cfg == 1 else _make_denoise(dit, model.skip, negative, batch, size)
-    denoise = with_guidance(
-        _make_denoise(dit, model.skip, positive, batch, size),
-        uncond,
-        cfg,
-        GuidanceRun(model.guidance, sigmas),
-        without=lambda blocks: _make_denoise(dit, (*model.skip, *blocks), positive, batch, size),
-    )
-    denoise = _with_loras(denoise, dit, model.loras)
+    denoise = _denoise_of(model, positive, negative, batch, size, cfg, GuidanceRun(model.guidance, sigmas))
     if latent.get("noise_mask") is not None:
         denoise = _keep_outside(denoise, latent["noise_mask"], start, noise)
     bar = progress(len(sigmas) - 1)
@@ -708,6 +722,49 @@ def sample_from_noise(
     with torch.inference_mode():
         x = sample_euler(denoise, mix_noise(start, noise, float(sigmas[0])), sigmas, on_step=on_step)
     return x.cpu().clone(), last.cpu().clone()
+
+
+def _denoise_of(
+    model: Model,
+    positive: list,
+    negative: list | None,
+    batch: int,
+    size: tuple[int, int],
+    cfg: float,
+    run: GuidanceRun,
+) -> Denoise:
+    """Return what a MODEL does to a latent of `batch` pictures: its experts, LoRAs and left-out blocks included.
+
+    Guidance is that of `run`, whoever is asked.
+    """
+    from ..ernie_core.sampling.experts import mix
+    from ..ernie_core.sampling.guidance import with_guidance
+
+    if not model.experts:
+        dit = _bring(model.dit)
+        denoise = with_guidance(
+            _make_denoise(dit, model.skip, positive, batch, size),
+            None if negative is None or cfg == 1 else _make_denoise(dit, model.skip, negative, batch, size),
+            cfg,
+            run,
+            without=lambda blocks: _make_denoise(dit, (*model.skip, *blocks), positive, batch, size),
+        )
+        return _with_loras(denoise, dit, model.loras)
+
+    base = replace(model, experts=(), expert_blend=0.0)
+    places = {id(e.model): i for i, e in enumerate(model.experts) if e.model is not None}
+
+    @functools.cache
+    def denoise_of(index: int, cfg: float) -> Denoise:
+        if negative is None and cfg != 1:
+            raise ErnieError(f"a negative prompt expected for the expert at cfg {cfg:g}, none came; connect one.")
+        chosen = base if index < 0 else model.experts[index].model
+        return _denoise_of(chosen, positive, negative, batch, size, cfg, run)
+
+    def denoise_by(chosen: Model | None, cfg: float) -> Denoise:
+        return denoise_of(places.get(id(chosen), -1), cfg)
+
+    return mix(denoise_by, model.experts, cfg=cfg, blend=model.expert_blend)
 
 
 def _check_latent(latent: Mapping[str, Any]) -> Tensor:

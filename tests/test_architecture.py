@@ -20,6 +20,7 @@ LEVELS = [
     {"config", "wildcards", "lettering"},
     {"sampling.inputs", "sampling.schedule", "sampling.latents", "sampling.guidance"},
     {"model.rope", "model.attention", "model.kv_cache"},
+    {"sampling.experts"},
     {"model.dit", "model.vae", "model.text_encoder", "model.enhancer", "sampling.samplers"},
     {
         "weights.layouts",

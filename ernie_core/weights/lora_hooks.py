@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ErnieError
+from ..sampling.experts import Band
 from .lora import Lora, LoraLayer, dora_axis, dora_ratio, kronecker_factors
 
 _COLUMNS = 1024  # columns of a weight that are read at once for a DoRA norm
@@ -33,21 +34,19 @@ class LoraUse:
     """Highest noise level (sigma, 1 = pure noise) at which it acts, included."""
     end: float = 0.0
     """Lowest noise level, not included: two ranges that meet never act together."""
+    blend: float = 0.0
+    """Width of the ramp across an edge, over which two ranges that meet hand over."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.end <= self.start <= 1:
-            raise ErnieError(
-                f"the noise levels must run down from start to end within 1 and 0, got {self.start:g} to {self.end:g}."
-            )
+        _ = self.band  # checks the levels
 
     @property
-    def is_whole(self) -> bool:
-        """Whether it acts at every noise level."""
-        return self.start >= 1 and self.end <= 0
+    def band(self) -> Band:
+        return Band(start=self.start, end=self.end)
 
-    def inside(self, sigmas_B: Tensor) -> Tensor:
-        """Whether it acts, per sample."""
-        return (sigmas_B <= self.start) & (sigmas_B > self.end)
+    def share(self, sigmas_B: Tensor) -> Tensor:
+        """How far it acts, per sample, 0 to 1."""
+        return self.band.share(sigmas_B, self.blend)
 
 
 class LoraStack(nn.Module):
@@ -72,9 +71,9 @@ class LoraStack(nn.Module):
 
         `ratios` keeps what a DoRA reads from the weights; pass one dict per sampling run.
         """
-        inside = [None if sigmas_B is None else use.inside(sigmas_B) for use in self.uses]
-        active = [True if mask is None else bool(mask.any()) for mask in inside]
-        everywhere = [mask is None or bool(mask.all()) for mask in inside]
+        shares = [None if sigmas_B is None else use.share(sigmas_B) for use in self.uses]
+        active = [True if share is None else bool(share.any()) for share in shares]
+        everywhere = [share is None or bool((share == 1).all()) for share in shares]
         handles = []
         try:
             for path, layers in self._layers.items():
@@ -82,7 +81,7 @@ class LoraStack(nn.Module):
                     _Part(
                         layer=_layer_of(self.uses[i].lora.layers[path], self.tensors[name]),
                         strength=self.uses[i].strengths[path],
-                        inside=None if everywhere[i] else inside[i],
+                        share=None if everywhere[i] else shares[i],
                         key=(path, *(j for j, _ in layers if active[j] and j <= i)),
                     )
                     for i, name in layers
@@ -123,8 +122,8 @@ class _Part:
 
     layer: LoraLayer
     strength: float
-    inside: Tensor | None
-    """[B] which samples it acts on; None = all."""
+    share: Tensor | None
+    """[B] how far it acts on each sample; None = wholly on all."""
     key: tuple
     """Of a DoRA ratio: it depends on the LoRAs that act before."""
 
@@ -146,8 +145,8 @@ def _output(
     layer = part.layer
     y = _output(module, x, before, ratios, out)
     strength: float | Tensor = part.strength
-    if part.inside is not None:
-        strength = part.strength * _per_sample(part.inside, x)
+    if part.share is not None:
+        strength = part.strength * _per_sample(part.share, x)
     change = None
     if layer.has_weight and layer.dora_scale is None:
         change = _product(module, layer, x)
@@ -212,12 +211,12 @@ def _bias(module: nn.Module, x: Tensor, before: Sequence[_Part]) -> Tensor | Non
         delta = part.layer.bias_delta()
         if delta is not None:
             term = part.strength * _beside(delta, x).reshape(_along_channels(module, x))
-            terms.append(term if part.inside is None else term * _per_sample(part.inside, x))
+            terms.append(term if part.share is None else term * _per_sample(part.share, x))
     return sum(terms[1:], terms[0]) if terms else None
 
 
-def _per_sample(inside_B: Tensor, x: Tensor) -> Tensor:
-    return inside_B.to(x).reshape(-1, *[1] * (x.ndim - 1))
+def _per_sample(share_B: Tensor, x: Tensor) -> Tensor:
+    return share_B.to(x).reshape(-1, *[1] * (x.ndim - 1))
 
 
 def _read_ratio(
@@ -234,7 +233,7 @@ def _read_ratio(
             raise ErnieError("a DoRA on a convolution of more than one pixel cannot act in a part of the noise levels.")
     else:
         inputs = int(module.in_features)  # pyright: ignore
-    before = [_Part(layer=p.layer, strength=p.strength, inside=None, key=p.key) for p in before]
+    before = [_Part(layer=p.layer, strength=p.strength, share=None, key=p.key) for p in before]
     zero = _output(module, _columns(module, x, 0, 1, inputs) * 0, before, ratios)
     parts = []
     for first in range(0, inputs, _COLUMNS):

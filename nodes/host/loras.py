@@ -22,7 +22,9 @@ def lora_shapes(model) -> dict[str, tuple[int, ...]]:
     return module_shapes(check_model(model))
 
 
-def apply_lora(model, lora, strengths: Mapping[str, float], *, start: float = 1.0, end: float = 0.0):
+def apply_lora(
+    model, lora, strengths: Mapping[str, float], *, start: float = 1.0, end: float = 0.0, blend: float = 0.0
+):
     """A clone of `model` with a LoRA; `model` itself where that changes nothing.
 
     At all noise levels it is patched into the weights as the host's own loader does, DoRA by our formula: the host
@@ -32,6 +34,7 @@ def apply_lora(model, lora, strengths: Mapping[str, float], *, start: float = 1.
     Args:
         strengths: {module path: strength}, without those at 0.
         start, end: noise levels from and down to which it acts; 1 and 0 = always, equal = never.
+        blend: width of the ramp across an edge.
 
     Raises:
         ErnieError: the noise levels run upwards, or the model has no such weight or bias.
@@ -39,11 +42,11 @@ def apply_lora(model, lora, strengths: Mapping[str, float], *, start: float = 1.
     from ...ernie_core.weights.lora_hooks import LoraStack, LoraUse
 
     network = check_model(model)
-    use = LoraUse(lora=lora, strengths=dict(strengths), start=start, end=end)
+    use = LoraUse(lora=lora, strengths=dict(strengths), start=start, end=end, blend=blend)
     if not strengths or start == end:
         return model
     patched = model.clone()
-    if use.is_whole:
+    if use.band.is_whole:
         _patch_weights(patched, network, lora, strengths)
     else:
         earlier = patched.get_attachment(RANGED_KEY)

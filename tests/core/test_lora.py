@@ -505,7 +505,7 @@ def test_it_acts_between_its_noise_levels_only(model, sigma, acts):
 def test_ranges_that_meet_act_at_each_level_exactly_once(model):
     uses = [use_of("lora", start=1.0, end=0.5), use_of("lora", start=0.5, end=0.0)]
     for level in torch.linspace(0.05, 1, 20):
-        assert sum(bool(use.inside(level[None])) for use in uses) == 1
+        assert sum(float(use.share(level[None])) for use in uses) == 1
 
 
 def test_samples_at_other_noise_levels_in_one_batch_each_get_their_own(model):

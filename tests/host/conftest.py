@@ -22,7 +22,8 @@ import numpy as np
 import pytest
 import torch
 from comfyui_server import ComfyUI
-from ernie_pack.standalone import graph, host, load_node_classes
+from ernie_pack.standalone import graph as graph_module
+from ernie_pack.standalone import host, load_node_classes
 from random_models import write_random_loras, write_random_models
 from safetensors.torch import load
 from small_runs import WORKFLOWS, write_inputs
@@ -42,6 +43,12 @@ def comfyui_folder() -> Path:
     folder = Path(named).expanduser().resolve()
     assert (folder / "main.py").is_file(), f"COMFYUI_DIR must be ComfyUI's folder, {folder} has no main.py"
     return folder
+
+
+@pytest.fixture(scope="session")
+def has_core_model(comfyui_folder) -> bool:
+    """Whether this ComfyUI has an ERNIE-Image model of its own."""
+    return "class ErnieImage(" in (comfyui_folder / "comfy" / "supported_models.py").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="session")
@@ -119,6 +126,24 @@ def latents(server):
 
 
 @pytest.fixture
+def standalone_latent(server, tmp_path, monkeypatch):
+    """standalone_latent(graph, link) -> what the same graph gives without ComfyUI."""
+
+    def run(graph, link):
+        seen = []
+        monkeypatch.setattr(host, "session", host.Session(models=server.base / "models", output=tmp_path))
+        monkeypatch.setattr(host, "decode", lambda vae, latent: seen.append(latent) or torch.zeros(1, 8, 8, 3))
+        prompt = {n: node for n, node in graph.prompt.items() if node["class_type"] != "SaveLatent"}
+        decode = {"class_type": "VAEDecode", "inputs": {"samples": link, "vae": graph.vae}}
+        prompt |= {"decode": decode, "show": {"class_type": "PreviewImage", "inputs": {"images": ["decode", 0]}}}
+        graph_module.run_prompt(graph_module.Workflow(prompt=prompt, page=None), load_node_classes())
+        (latent,) = seen
+        return latent["samples"]
+
+    return run
+
+
+@pytest.fixture
 def images(server):
     """Run a graph and return the pictures behind the named IMAGE links, as float tensors [H, W, 3]."""
 
@@ -173,7 +198,7 @@ def api_workflows(server, request) -> dict[str, tuple[dict, dict]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(host, "session", host.Session(models=server.base / "models"))
         classes = load_node_classes()
-        prompts = {path.stem: graph.read_workflow(path, classes).prompt for path in WORKFLOWS}
+        prompts = {path.stem: graph_module.read_workflow(path, classes).prompt for path in WORKFLOWS}
     return {path.stem: (prompts[path.stem], json.loads(path.read_text("utf-8"))) for path in WORKFLOWS}
 
 

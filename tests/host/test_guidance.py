@@ -11,9 +11,6 @@ import core_loaders
 import pytest
 import torch
 from ernie_pack.ernie_core.sampling.schedule import make_sigmas
-from ernie_pack.standalone import host as standalone
-from ernie_pack.standalone import load_node_classes
-from ernie_pack.standalone.graph import Workflow, run_prompt
 from host_graph import STEPS, Graph, difference
 
 pytestmark = pytest.mark.host
@@ -42,11 +39,6 @@ SLG = {"scale": 1.5, "blocks": "1", "start": 1.0, "end": 0.6}
 
 
 @pytest.fixture(scope="module")
-def has_core_model(comfyui_folder):
-    return "class ErnieImage(" in (comfyui_folder / "comfy" / "supported_models.py").read_text(encoding="utf-8")
-
-
-@pytest.fixture(scope="module")
 def server(has_core_model, start_comfyui):
     """A ComfyUI with nodes that count calls and load core's classes; hides the server of the other tests."""
     packs = [call_log, core_loaders] if has_core_model else [call_log]
@@ -60,20 +52,6 @@ def guide(graph, model=None, **changes):
 
 def slg(graph, model=None, **changes):
     return graph.add("ErnieSkipLayerGuidance", model=model or graph.model, **SLG | changes)
-
-
-@pytest.fixture
-def standalone_latent(server, tmp_path, monkeypatch):
-    """standalone_latent(graph, link) -> what the same graph gives without ComfyUI."""
-
-    def run(graph, link):
-        session = standalone.Session(models=server.base / "models", output=tmp_path)
-        monkeypatch.setattr(standalone, "session", session)
-        nodes = [n for n in graph.prompt if graph.prompt[n]["class_type"] != "SaveLatent"]
-        result = run_prompt(Workflow(prompt={n: graph.prompt[n] for n in nodes}, page=None), load_node_classes())
-        return result.outputs[link[0]][0][0]["samples"]
-
-    return run
 
 
 def calls(log):

@@ -25,11 +25,6 @@ NEUTRAL = {"strength": 1.0, "blocks": "", "start": 1.0, "end": 0.0, "allow_unmat
 
 
 @pytest.fixture(scope="module")
-def has_core_model(comfyui_folder):
-    return "class ErnieImage(" in (comfyui_folder / "comfy" / "supported_models.py").read_text(encoding="utf-8")
-
-
-@pytest.fixture(scope="module")
 def server(has_core_model, start_comfyui):
     """A ComfyUI with nodes that load core's classes, where it has them; hides the server of the other tests."""
     with start_comfyui(*([Path(core_loaders.__file__)] if has_core_model else [])) as server:

@@ -1,6 +1,7 @@
 """The nodes without ComfyUI: the standalone vocabulary, and a host that records."""
 
 import importlib
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,11 +12,8 @@ load_pack()
 from node_schemas import find_classes  # noqa: E402
 from recording_host import RecordingHost  # noqa: E402
 
-NODE_FILES = (
-    "guidance",
-    *("loading", "text", "sampling", "batch", "rows", "grid", "lora", "wildcards"),
-    *("dataset", "recipes", "training", "tournament", "benchmark", "scoring"),
-)
+NODES = Path(__file__).resolve().parents[2] / "nodes"
+NODE_FILES = [path.stem for path in sorted(NODES.glob("*.py")) if "import host\n" in path.read_text(encoding="utf-8")]
 
 
 @pytest.fixture(scope="session")

@@ -53,7 +53,7 @@ RECIPE_WIDGETS = (
     *("name", "steps", "learning_rate", "algorithm", "rank", "alpha", "resolution", "batch_size", "accumulation"),
     *("precision", "seed", "save_every", "sample_prompts", "sample_every", "sample_width", "sample_height"),
     *("optimiser", "schedule", "warmup", "ema", "noise_levels", "skip_blocks", "skip_share", "stream"),
-    *("initial_lora", "settings"),
+    *("initial_lora", "settings", "noise_start", "noise_end"),
 )
 WIDGETS = [
     *[("ErnieLoadDiffusionModel", w) for w in ("model_name", "weight_dtype")],
@@ -184,6 +184,12 @@ def test_no_widget_is_left_out_above(node_classes, recording):
         for node_id in ("ErnieLoadScorer", "ErnieScoreImages", "ErnieFilterByScore", "ErnieBestOfN", "ErnieScoreReport")
         for item in node_classes[node_id].GET_SCHEMA().inputs
         if item.get_io_type() in ("COMBO", "BOOLEAN", "STRING", "INT", "FLOAT")
+    }
+    elsewhere |= {  # all of these in test_experts.py, on a network
+        (node_id, item.id)
+        for node_id in ("ErnieExpert", "ErnieMixExperts")
+        for item in node_classes[node_id].GET_SCHEMA().inputs
+        if item.get_io_type() in ("COMBO", "FLOAT")
     }
     elsewhere |= {  # all of these in test_benchmark.py, with rated pictures and files of results
         (node_id, item.id)
