@@ -6,6 +6,7 @@ stop      ask a running job to save and end
 report    numbers, loss curves and samples of a job, as files
 preflight what the data looks like and what the run will cost, before it starts
 lora      inspect, convert, resize, extract, merge LoRA files
+adviser   which files to load on this machine, why, and what they will take
 benchmark scorers against people (aesthetic); LongText-Bench and GenEval from OCR text and detections
 """
 
@@ -45,6 +46,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     preflight.add_argument("--out", type=Path, help="folder for the pictures (default: none are written)")
     preflight.add_argument("--no-probe", action="store_true", help="do not load the model to measure steps")
     preflight.add_argument("--device")
+    adviser = commands.add_parser("adviser", help="which files to load on this machine, why, and what they will take")
+    adviser.add_argument("models", type=Path, nargs="*", help="files, official folders, or folders with files")
+    adviser.add_argument("--width", type=int, default=1024)
+    adviser.add_argument("--height", type=int, default=1024)
+    adviser.add_argument("--text-tokens", type=int, default=256, help="length of the prompt (default: 256)")
+    adviser.add_argument("--card", help="ask about another card: 'RTX 3060 12 GB', ...; any other name lists them")
     _add_lora_commands(commands)
     _add_benchmark_commands(commands)
     args = parser.parse_args(arguments)
@@ -151,6 +158,19 @@ def _preflight(args: argparse.Namespace) -> int:
         args.out.mkdir(parents=True, exist_ok=True)
         for name, picture in found.pictures.items():
             Image.fromarray(picture).save(args.out / f"{name}.png")
+    return 0
+
+
+def _adviser(args: argparse.Namespace) -> int:
+    from .adviser import advise, read_machine, with_card
+    from .weights.inventory import look_everywhere
+
+    machine = read_machine(Path.cwd())
+    if args.card is not None:
+        machine = with_card(machine, args.card)
+    found, problems = look_everywhere(args.models)
+    advice = advise(machine, found, args.width, args.height, text_tokens=args.text_tokens, problems=problems)
+    print(advice.report(), advice.table(), sep="\n\n")
     return 0
 
 
@@ -296,6 +316,7 @@ def _open_scorer(name: str, device: str | None) -> Any:
 
 
 _COMMANDS = {
+    "adviser": _adviser,
     "benchmark": _benchmark,
     "train": _train,
     "status": _status,

@@ -16,6 +16,7 @@ MINIMUM_HOST = (0, 12)
 
 class ErnieExtension(ComfyExtension):
     async def get_node_list(self) -> list[type]:
+        from .adviser import ErnieHardwareAdviser
         from .batch import ErnieBatchFromPrompts
         from .benchmark import ErnieAestheticBenchmark, ErniePromptBenchmark
         from .dataset import ErnieDatasetFolder, ErnieDatasetImages, ErniePairsFolder
@@ -86,6 +87,7 @@ class ErnieExtension(ComfyExtension):
             ErniePairsFromScores,
             ErnieAestheticBenchmark,
             ErniePromptBenchmark,
+            ErnieHardwareAdviser,
         ]
 
 

@@ -108,7 +108,13 @@ _DISGUISES: tuple[tuple[bytes, str], ...] = (
 
 
 def read_header(path: Path) -> tuple[dict[str, Shape], dict[str, str]]:
-    """({key: shape}, metadata) of a safetensors file, after checking that the file is whole.
+    """({key: shape}, metadata) of a safetensors file; raises as `read_entries` does."""
+    entries, metadata = read_entries(path)
+    return {key: tuple(entry["shape"]) for key, entry in entries.items()}, metadata
+
+
+def read_entries(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """({key: {dtype, shape, data_offsets}}, metadata) of a safetensors file, after checking that the file is whole.
 
     Raises:
         CheckpointError: no such file, empty, truncated, or another format (which one, and what to do).
@@ -135,7 +141,8 @@ def read_header(path: Path) -> tuple[dict[str, Shape], dict[str, str]]:
             header = json.loads(file.read(length))
             metadata = header.pop("__metadata__", None) or {}
             end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-            shapes = {key: tuple(entry["shape"]) for key, entry in header.items()}
+            if any(not isinstance(entry[part], str | list) for entry in header.values() for part in ("shape", "dtype")):
+                raise TypeError("a tensor without shape or dtype")
     except OSError as e:
         raise CheckpointError(f"{path} cannot be read: {e.strerror or e}.") from e
     except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as e:
@@ -146,7 +153,7 @@ def read_header(path: Path) -> tuple[dict[str, Shape], dict[str, str]]:
         raise CheckpointError(
             f"{path} is truncated: its header promises {end} bytes, the file has {size}; download it again."
         )
-    return shapes, metadata
+    return header, metadata
 
 
 def _open_file(path: Path) -> _File:

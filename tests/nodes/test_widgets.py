@@ -202,6 +202,8 @@ def test_no_widget_is_left_out_above(node_classes, recording):
         for item in node_classes["ErnieXYGrid"].GET_SCHEMA().inputs
         if item.get_io_type() in ("COMBO", "BOOLEAN", "STRING", "INT", "FLOAT")
     }
+    # in test_adviser.py, with model files
+    elsewhere |= {("ErnieHardwareAdviser", name) for name in ("width", "height", "text_tokens", "card")}
     everything = {
         (node_id, item.id)
         for node_id, cls in node_classes.items()

@@ -18,6 +18,7 @@ NAMES = [
     "enhanced_prompt",
     "enhancer_on_off",
     "guidance",
+    "hardware_adviser",
     "lora_report",
     "lora_stack",
     "mixed_with_core_nodes",
@@ -32,7 +33,7 @@ NAMES = [
 ]
 HUB = "https://huggingface.co/Comfy-Org/ERNIE-Image/resolve/main/"  # as core's own ERNIE-Image blueprints have it
 MODEL_WIDGETS = {"model_name", "encoder_name", "enhancer_name", "vae_name"}
-WITHOUT_MODELS = {"benchmark_scorers", "lora_report", "score_folder", "tournament"}
+WITHOUT_MODELS = {"benchmark_scorers", "hardware_adviser", "lora_report", "score_folder", "tournament"}
 DRAWN_BY_THE_PAGE = {"MarkdownNote"}
 PAGE_ONLY_WIDGETS = {"PreviewAny"}  # the page gives it widgets that its schema does not have
 TRAINING = {"ErnieDatasetFolder", "ErnieTrainingModels", "ErnieRecipe", "ErnieTrain"}
