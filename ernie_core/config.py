@@ -17,6 +17,8 @@ SIZE_MULTIPLE = 16  # pixels per latent cell: 8x convolutional VAE, then 2x2 pat
 MAX_TEXT_TOKENS = 2048  # tokenizer_config.json, model_max_length
 MAX_SIZE = 8192  # pixels a side; far above what the model was trained on
 MAX_STEPS = 1000
+# functions of sampling.samplers; the last two draw new noise as they go
+SAMPLERS = ("euler", "heun", "dpmpp_2m", "unipc", "euler_ancestral", "dpmpp_2m_sde")
 
 # width x height, model card of baidu/ERNIE-Image
 OFFICIAL_SIZES: tuple[tuple[int, int], ...] = (

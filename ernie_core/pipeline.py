@@ -20,8 +20,8 @@ from .model.enhancer import Enhancer
 from .model.text_encoder import TextEncoder, Tokenizer
 from .model.vae import VAE
 from .sampling.guidance import Denoise, with_cfg
-from .sampling.latents import latent_size, make_noise, mix_noise
-from .sampling.samplers import OnStep, sample_euler
+from .sampling.latents import latent_size, make_noise, mix_noise, step_noise
+from .sampling.samplers import OnStep, Sampler
 from .sampling.schedule import NUM_TRAIN_TIMESTEPS, make_sigmas
 
 
@@ -100,6 +100,7 @@ class Pipeline:
         shift: float = BASE.shift,
         image_BHWC: Tensor | None = None,
         denoise: float = 1.0,
+        sampler: Sampler | str = "euler",
         on_step: OnStep | None = None,
     ) -> Tensor:
         """Pictures [B, height, width, 3] in [0, 1], fp32 on the CPU; picture i depends on prompts[i], seeds[i] alone.
@@ -112,12 +113,14 @@ class Pipeline:
             steps, cfg, shift: 50, 4, 4 for the base checkpoint and 8, 1, 4 for Turbo.
             image_BHWC: pictures to start from, in [0, 1] and of the given size; needs denoise below 1.
             denoise: 1 = from noise; lower keeps more of `image_BHWC`.
+            sampler: a name of config.SAMPLERS, or a `Sampler` with its share of new noise.
             on_step: see samplers.OnStep.
 
         Raises:
             ErnieError: counts that do not match, sizes that are not multiples of 16, values out of range.
         """
         check_size(width, height)
+        sampler = Sampler(name=sampler) if isinstance(sampler, str) else sampler
         negatives = [""] * len(prompts) if negatives is None else negatives
         if not len(prompts) == len(seeds) == len(negatives):
             raise ErnieError(
@@ -140,6 +143,7 @@ class Pipeline:
         cond = make_denoise(self.transformer, self.encode(prompts), rows, columns)
         uncond = make_denoise(self.transformer, self.encode(negatives), rows, columns) if cfg > 1 else None
         if len(sigmas):
-            x = sample_euler(with_cfg(cond, uncond, cfg), x, sigmas, on_step=on_step)
+            draw_noise = step_noise([(seed, 0) for seed in seeds])
+            x = sampler(with_cfg(cond, uncond, cfg), x, sigmas, draw_noise=draw_noise, on_step=on_step)
         pictures = self.vae.decode_fitting(x.to(weight.dtype)).float()
         return (pictures / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).cpu()

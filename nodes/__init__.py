@@ -32,7 +32,7 @@ class ErnieExtension(ComfyExtension):
         )
         from .lora import ErnieConvertLora, ErnieExtractLora, ErnieLoadLora, ErnieMergeLora, ErnieResizeLora
         from .recipes import ErnieRecipe, ErnieRecipeDPO, ErnieTrainingModels
-        from .sampling import ErnieEmptyLatent, ErnieSampler, ErnieSigmas
+        from .sampling import ErnieEmptyLatent, ErnieSampler, ErnieSamplerSelect, ErnieSigmas
         from .scoring import (
             ErnieBestOfN,
             ErnieFilterByScore,
@@ -56,6 +56,7 @@ class ErnieExtension(ComfyExtension):
             ErnieWildcards,
             ErnieEmptyLatent,
             ErnieSampler,
+            ErnieSamplerSelect,
             ErnieSigmas,
             ErnieGuidance,
             ErnieSkipLayerGuidance,

@@ -6,7 +6,16 @@ import logging
 
 from comfy_api.latest import io
 
-from ..ernie_core.config import BASE, MAX_SIZE, MAX_STEPS, OFFICIAL_SIZES, SIZE_MULTIPLE, TURBO, SamplingPreset
+from ..ernie_core.config import (
+    BASE,
+    MAX_SIZE,
+    MAX_STEPS,
+    OFFICIAL_SIZES,
+    SAMPLERS,
+    SIZE_MULTIPLE,
+    TURBO,
+    SamplingPreset,
+)
 from ..ernie_core.errors import ErnieError
 from . import host
 
@@ -47,6 +56,18 @@ def shift_input(tooltip: str = SHIFT_TOOLTIP) -> io.Float.Input:
 
 def denoise_input() -> io.Float.Input:
     return io.Float.Input("denoise", default=1.0, min=0.01, max=1.0, step=0.01, tooltip=DENOISE_TOOLTIP)
+
+
+SAMPLER_TOOLTIP = (
+    "How a step is made. euler (neutral): the official one. heun: more exact, two evaluations per step. dpmpp_2m, "
+    "unipc: more exact at one evaluation per step. euler_ancestral, dpmpp_2m_sde: with new noise at each step."
+)
+
+
+def sampler_input(*, optional: bool) -> io.Combo.Input:
+    return io.Combo.Input(
+        "sampler", options=list(SAMPLERS), default=SAMPLERS[0], tooltip=SAMPLER_TOOLTIP, optional=optional
+    )
 
 
 def size_inputs(tooltip: str) -> list[io.Int.Input]:
@@ -111,7 +132,7 @@ class ErnieSampler(io.ComfyNode):
             node_id="ErnieSampler",
             display_name="Sampler (ERNIE)",
             category=CATEGORY,
-            description="Denoises a latent with the official flow-matching Euler sampler.",
+            description="Denoises a latent with the official flow-matching Euler sampler, or with another.",
             inputs=[
                 io.Model.Input("model", tooltip="ERNIE-Image model, from these loaders or from core's."),
                 io.Conditioning.Input("positive", tooltip="Encoded prompt: what the picture shows."),
@@ -144,14 +165,27 @@ class ErnieSampler(io.ComfyNode):
                     optional=True,
                     tooltip="Encoded negative prompt (an empty prompt is the official choice). Needed unless cfg is 1.",
                 ),
+                sampler_input(optional=True),
             ],
             outputs=[io.Latent.Output(display_name="latent", tooltip="The finished latent, for VAEDecode.")],
         )
 
     @classmethod
     def execute(
-        cls, model, positive, latent_image, preset, steps, cfg, shift, seed, denoise, negative=None
+        cls,
+        model,
+        positive,
+        latent_image,
+        preset,
+        steps,
+        cfg,
+        shift,
+        seed,
+        denoise,
+        negative=None,
+        sampler=SAMPLERS[0],
     ) -> io.NodeOutput:
+        from ..ernie_core.sampling.samplers import Sampler
         from ..ernie_core.sampling.schedule import make_sigmas
 
         steps, cfg = preset_settings(preset, steps, cfg)
@@ -168,6 +202,7 @@ class ErnieSampler(io.ComfyNode):
             sigmas=make_sigmas(steps, shift=shift, denoise=denoise),
             cfg=cfg,
             seed=seed,
+            sampler=Sampler(name=sampler),
         )
         return io.NodeOutput(latent)
 
@@ -191,3 +226,38 @@ class ErnieSigmas(io.ComfyNode):
         from ..ernie_core.sampling.schedule import make_sigmas
 
         return io.NodeOutput(make_sigmas(steps, shift=shift, denoise=denoise))
+
+
+class ErnieSamplerSelect(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ErnieSamplerSelect",
+            display_name="Sampler Select (ERNIE)",
+            category=CATEGORY,
+            description="Chooses a flow-matching sampler for core's SamplerCustom and SamplerCustomAdvanced.",
+            inputs=[
+                sampler_input(optional=False),
+                io.Float.Input(
+                    "eta",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.05,
+                    round=0.001,
+                    tooltip="Share of new noise at each step, 0 to 1: 1 = all that fits, 0 (neutral) = none, which is "
+                    "euler or dpmpp_2m itself. Read by euler_ancestral and dpmpp_2m_sde.",
+                ),
+            ],
+            outputs=[io.Sampler.Output(display_name="sampler", tooltip="The sampler, for any model of this kind.")],
+        )
+
+    @classmethod
+    def execute(cls, sampler: str, eta: float) -> io.NodeOutput:
+        from ..ernie_core.sampling.samplers import STOCHASTIC, Sampler
+
+        if sampler not in STOCHASTIC and eta != 1:
+            logger.warning(
+                "eta %g is not used: %s draws no new noise. Choose euler_ancestral or dpmpp_2m_sde.", eta, sampler
+            )
+        return io.NodeOutput(host.make_sampler(Sampler(name=sampler, eta=eta)))

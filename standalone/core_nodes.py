@@ -307,7 +307,9 @@ class KSamplerSelect(io.ComfyNode):
 
     @classmethod
     def execute(cls, sampler_name: str) -> io.NodeOutput:
-        return io.NodeOutput(sampler_name)
+        from ..ernie_core.sampling.samplers import Sampler
+
+        return io.NodeOutput(host.make_sampler(Sampler(name=sampler_name)))
 
 
 class BasicScheduler(io.ComfyNode):
@@ -443,7 +445,7 @@ class SamplerCustomAdvanced(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, noise, guider: Guider, sampler: str, sigmas: Tensor, latent_image: dict) -> io.NodeOutput:
+    def execute(cls, noise, guider: Guider, sampler: Any, sigmas: Tensor, latent_image: dict) -> io.NodeOutput:
         samples, x0 = host.sample_from_noise(
             guider.model,
             positive=guider.positive,
@@ -452,6 +454,8 @@ class SamplerCustomAdvanced(io.ComfyNode):
             sigmas=sigmas,
             cfg=guider.cfg,
             noise=noise.generate_noise(latent_image),
+            sampler=sampler,
+            seed=noise.seed,
         )
         return io.NodeOutput({**latent_image, "samples": samples}, {**latent_image, "samples": x0})
 

@@ -666,13 +666,30 @@ def sample(
     sigmas: Tensor,
     cfg: float,
     seed: int,
+    sampler: Any = None,
 ) -> dict[str, Any]:
-    """Return LATENT after Euler steps along `sigmas`, from noise mixed into `latent` at sigmas[0]."""
+    """Return LATENT after a sampler's steps along `sigmas` (None: Euler), from noise mixed into `latent` at the first.
+
+    `sampler`: an engine `Sampler`.
+    """
     noise = prepare_noise(latent, seed)
     samples, _ = sample_from_noise(
-        model, positive=positive, negative=negative, latent=latent, sigmas=sigmas, cfg=cfg, noise=noise
+        model,
+        positive=positive,
+        negative=negative,
+        latent=latent,
+        sigmas=sigmas,
+        cfg=cfg,
+        noise=noise,
+        sampler=sampler,
+        seed=seed,
     )
     return _with_samples(latent, samples)
+
+
+def make_sampler(sampler: Any) -> Any:
+    """Return SAMPLER: here the engine's own."""
+    return sampler
 
 
 def _with_samples(latent: Mapping[str, Any], samples: Tensor) -> dict[str, Any]:
@@ -688,13 +705,15 @@ def sample_from_noise(
     sigmas: Tensor,
     cfg: float,
     noise: Tensor,
+    sampler: Any = None,
+    seed: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Return (final samples, the last step's clean estimate), both fp32 on the CPU."""
     import torch
 
     from ..ernie_core.sampling.guidance import GuidanceRun
-    from ..ernie_core.sampling.latents import mix_noise
-    from ..ernie_core.sampling.samplers import sample_euler
+    from ..ernie_core.sampling.latents import mix_noise, step_noise
+    from ..ernie_core.sampling.samplers import Sampler
 
     start = _check_latent(latent).float()
     if len(sigmas) < 2:  # denoise 0
@@ -710,17 +729,20 @@ def sample_from_noise(
     denoise = _denoise_of(model, positive, negative, batch, size, cfg, GuidanceRun(model.guidance, sigmas))
     if latent.get("noise_mask") is not None:
         denoise = _keep_outside(denoise, latent["noise_mask"], start, noise)
-    bar = progress(len(sigmas) - 1)
+    sampler = sampler or Sampler()
+    draw_noise = step_noise([(seed, place) for place in latent.get("batch_index") or range(batch)])
+    bar = progress(sampler.calls(sigmas))
     last = start
 
-    def on_step(step: int, _steps: int, _x: Tensor, x0: Tensor) -> None:
+    def on_step(call: int, _calls: int, _x: Tensor, x0: Tensor) -> None:
         nonlocal last
         last = x0
-        bar.update_absolute(step + 1)
+        bar.update_absolute(call + 1)
         throw_if_interrupted()
 
     with torch.inference_mode():
-        x = sample_euler(denoise, mix_noise(start, noise, float(sigmas[0])), sigmas, on_step=on_step)
+        x = mix_noise(start, noise, float(sigmas[0]))
+        x = sampler(denoise, x, sigmas, draw_noise=draw_noise, on_step=on_step)
     return x.cpu().clone(), last.cpu().clone()
 
 

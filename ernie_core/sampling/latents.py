@@ -6,7 +6,8 @@ ComfyUI alike). Noise is drawn on the CPU in fp32, so that one seed is one pictu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Callable, Sequence
 
 import torch
 from einops import rearrange
@@ -43,6 +44,26 @@ def make_noise(seeds: Sequence[int], channels: int, height_lat: int, width_lat: 
             for seed in seeds
         ]
     )
+
+
+def step_noise(pictures: Sequence[tuple[int, int]]) -> Callable[[Tensor], Tensor]:
+    """draw(x_BCHW) -> fresh standard normal like x, drawn on the CPU in fp32; each call gives the next.
+
+    `pictures` names each picture of the batch by (seed, place in the batch it is drawn with): its noise depends on
+    these two and on nothing else of the batch, and is another than the noise that sampling starts from.
+    """
+    generators = [torch.Generator("cpu").manual_seed(_derived_seed(*picture)) for picture in pictures]
+
+    def draw(x_BCHW: Tensor) -> Tensor:
+        shape = (1, *x_BCHW.shape[1:])
+        return torch.cat([torch.randn(shape, generator=g) for g in generators]).to(x_BCHW)
+
+    return draw
+
+
+def _derived_seed(seed: int, place: int) -> int:
+    digest = hashlib.sha256(f"step noise {seed} {place}".encode()).digest()
+    return int.from_bytes(digest[:8], "big")
 
 
 def mix_noise(x0: Tensor, noise: Tensor, sigma: float | Tensor) -> Tensor:

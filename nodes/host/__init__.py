@@ -35,7 +35,7 @@ from .runtime import (
     throw_if_interrupted,
     unload_models,
 )
-from .sampling import empty_latent, sample
+from .sampling import empty_latent, make_sampler, sample
 from .scorers import list_scorers, place_scorer, scorer_layers, scorer_path, tokenizer_folders
 from .text import encode_prompt, make_clip, make_enhancer
 from .vae import decode, make_vae

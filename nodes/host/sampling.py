@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...ernie_core.errors import ErnieError
 from ...ernie_core.sampling.inputs import LATENT_CHANNELS, check_latent, check_text
-from ...ernie_core.sampling.latents import latent_size
-from ...ernie_core.sampling.samplers import sample_euler
+from ...ernie_core.sampling.latents import latent_size, step_noise
+from ...ernie_core.sampling.samplers import Sampler
 from .models import check_model
 from .runtime import throw_if_interrupted
+
+EULER = Sampler()
 
 
 def empty_latent(width: int, height: int, batch_size: int) -> dict[str, Tensor]:
@@ -43,8 +46,18 @@ def _check_conditioning(network, name: str, conditioning: list) -> None:
         check_text(name, text, width)
 
 
-def sample(model, *, positive, negative, latent: dict[str, Tensor], sigmas: Tensor, cfg: float, seed: int) -> dict:
-    """LATENT after the engine's Euler sampler, with the host's previews, masks, hooks and interrupt.
+def sample(
+    model,
+    *,
+    positive,
+    negative,
+    latent: dict[str, Any],
+    sigmas: Tensor,
+    cfg: float,
+    seed: int,
+    sampler: Sampler = EULER,
+) -> dict:
+    """LATENT after one of the engine's samplers, with the host's previews, masks, hooks and interrupt.
 
     The noise is what core's KSampler draws for `seed`. `negative` None: nothing to compare with, for cfg 1 only.
 
@@ -70,7 +83,7 @@ def sample(model, *, positive, negative, latent: dict[str, Tensor], sigmas: Tens
     out = guider.sample(
         noise,
         samples,
-        comfy.samplers.KSAMPLER(_euler),
+        make_sampler(sampler, places=latent.get("batch_index")),
         sigmas,
         denoise_mask=latent.get("noise_mask"),
         callback=latent_preview.prepare_callback(model, len(sigmas) - 1),
@@ -81,22 +94,49 @@ def sample(model, *, positive, negative, latent: dict[str, Tensor], sigmas: Tens
     return {**kept, "samples": out.to(mm.intermediate_device())}
 
 
-def _euler(model, x: Tensor, sigmas: Tensor, extra_args: dict, callback: Callable | None, disable: bool) -> Tensor:
-    """`sample_euler` as a sampler function of the host, whose `model` answers with x0."""
+def make_sampler(sampler: Sampler, *, places: Sequence[int] | None = None):
+    """SAMPLER: a sampler of the engine, for core's SamplerCustom and SamplerCustomAdvanced.
+
+    The host's progress counts steps; the bar in the log counts calls of the model. `places`: where each picture stood
+    in the batch that its noise was drawn for; None = where it stands now.
+    """
+    import comfy.samplers
+
+    def run(model, x: Tensor, sigmas: Tensor, extra_args: dict, callback: Callable | None, disable: bool) -> Tensor:
+        return _run(sampler, places, model, x, sigmas, extra_args, callback, disable)
+
+    return comfy.samplers.KSAMPLER(run)
+
+
+def _run(
+    sampler: Sampler,
+    places: Sequence[int] | None,
+    model,
+    x: Tensor,
+    sigmas: Tensor,
+    extra_args: dict,
+    callback: Callable | None,
+    disable: bool,
+) -> Tensor:
+    """A sampler of the engine on a `model` of the host, which answers with x0."""
     from tqdm.auto import tqdm
 
     ones = x.new_ones(x.shape[0])
+    steps = len(sigmas) - 1
+    seed = extra_args.get("seed") or 0
+    draw_noise = step_noise([(seed, place) for place in places or range(x.shape[0])])
 
     def denoise(x_BCHW: Tensor, sigma: float) -> Tensor:
         return (x_BCHW - model(x_BCHW, sigma * ones, **extra_args)) / sigma
 
-    with tqdm(total=len(sigmas) - 1, disable=disable) as bar:
+    with tqdm(total=sampler.calls(sigmas), disable=disable) as bar:
 
-        def on_step(step: int, steps: int, x_BCHW: Tensor, x0_BCHW: Tensor) -> None:
+        def on_step(call: int, calls: int, x_BCHW: Tensor, x0_BCHW: Tensor) -> None:
             throw_if_interrupted()
             bar.update()
-            if callback is not None:
+            step = (call + 1) * steps // calls - 1
+            if callback is not None and step > call * steps // calls - 1:  # the step's last call
                 level = sigmas[step]
                 callback({"i": step, "x": x_BCHW, "denoised": x0_BCHW, "sigma": level, "sigma_hat": level})
 
-        return sample_euler(denoise, x, sigmas, on_step=on_step)
+        return sampler(denoise, x, sigmas, draw_noise=draw_noise, on_step=on_step)

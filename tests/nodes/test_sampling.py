@@ -4,8 +4,9 @@ import logging
 
 import pytest
 import torch
-from ernie_pack.ernie_core.config import BASE, OFFICIAL_SIZES, TURBO
+from ernie_pack.ernie_core.config import BASE, OFFICIAL_SIZES, SAMPLERS, TURBO
 from ernie_pack.ernie_core.errors import ErnieError
+from ernie_pack.ernie_core.sampling.samplers import Sampler
 from ernie_pack.ernie_core.sampling.schedule import make_sigmas
 
 LATENT = {"samples": torch.zeros(1, 128, 2, 2)}
@@ -14,7 +15,9 @@ TEXT = [["p", {}]]
 
 def sampled(recording):
     (call,) = [c for c in recording.calls if c[0] == "sample"]
-    return dict(zip(("model", "positive", "negative", "shape", "sigmas", "cfg", "seed"), call[1:], strict=True))
+    return dict(
+        zip(("model", "positive", "negative", "shape", "sigmas", "cfg", "seed", "sampler"), call[1:], strict=True)
+    )
 
 
 def sampler(run, **changes):
@@ -78,3 +81,36 @@ def test_custom_size_reads_width_and_height(run, recording):
 def test_sigmas_are_the_official_grid(run, recording):
     (sigmas,) = run("ErnieSigmas", steps=8, shift=4.0, denoise=1.0).result
     assert (sigmas[:3] * 1000).tolist() == pytest.approx([1000, 965.517, 923.077], abs=1e-3)
+
+
+def test_the_sampler_is_euler_unless_another_is_chosen(run, recording):
+    """Saved workflows and API calls from before the widget have no such input."""
+    sampler(run)
+    assert sampled(recording)["sampler"] == Sampler(name="euler")
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_the_chosen_sampler_reaches_the_host(run, recording, name):
+    sampler(run, sampler=name)
+    assert sampled(recording)["sampler"] == Sampler(name=name)
+
+
+def test_the_new_widget_stands_behind_those_of_saved_workflows(node_classes):
+    """The page keeps widget values by their place."""
+    assert [i.id for i in node_classes["ErnieSampler"].GET_SCHEMA().inputs][-1] == "sampler"
+
+
+def test_sampler_select_hands_over_name_and_eta(run, recording):
+    assert run("ErnieSamplerSelect", sampler="dpmpp_2m_sde", eta=0.25).result == ("SAMPLER",)
+    assert recording.calls == [("make_sampler", Sampler(name="dpmpp_2m_sde", eta=0.25))]
+
+
+def test_an_eta_that_is_not_read_is_named(run, recording, caplog):
+    with caplog.at_level(logging.WARNING):
+        run("ErnieSamplerSelect", sampler="heun", eta=0.5)
+    assert "eta 0.5 is not used: heun draws no new noise. Choose euler_ancestral or dpmpp_2m_sde." in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        run("ErnieSamplerSelect", sampler="heun", eta=1.0)
+        run("ErnieSamplerSelect", sampler="euler_ancestral", eta=0.5)
+    assert not caplog.records

@@ -114,9 +114,14 @@ class RecordingHost:
         self._note("set_shift", model, shift)
         return model
 
-    def sample(self, model, *, positive, negative, latent, sigmas, cfg, seed):
-        self._note("sample", model, positive, negative, latent["samples"].shape, sigmas, cfg, seed)
+    def sample(self, model, *, positive, negative, latent, sigmas, cfg, seed, **sampler):
+        shape = latent["samples"].shape
+        self._note("sample", model, positive, negative, shape, sigmas, cfg, seed, *sampler.values())
         return latent
+
+    def make_sampler(self, sampler):
+        self._note("make_sampler", sampler)
+        return "SAMPLER"
 
     def empty_latent(self, width, height, batch_size):
         self._note("empty_latent", width, height, batch_size)
