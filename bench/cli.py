@@ -26,6 +26,7 @@ LESSONS = {
     "dpo": "dpo_prefers",
     "options": "regions_styles_depth",
     "guidance": "guidance_helps",
+    "samplers": "samplers_pay",
 }
 
 

@@ -172,18 +172,7 @@ class ErnieSampler(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls,
-        model,
-        positive,
-        latent_image,
-        preset,
-        steps,
-        cfg,
-        shift,
-        seed,
-        denoise,
-        negative=None,
-        sampler=SAMPLERS[0],
+        cls, model, positive, latent_image, preset, steps, cfg, shift, seed, denoise, negative=None, sampler="euler"
     ) -> io.NodeOutput:
         from ..ernie_core.sampling.samplers import Sampler
         from ..ernie_core.sampling.schedule import make_sigmas
