@@ -14,7 +14,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +67,8 @@ class Row:
 
     def settings(self) -> dict[str, Any]:
         """Every field but those at their neutral value."""
-        neutral = {f.name: f.default for f in fields(self) if f.default is not MISSING}
-        return {k: v for k, v in asdict(self).items() if k not in neutral or v != neutral[k]}
+        values = {f.name: (getattr(self, f.name), f.default) for f in fields(self)}
+        return {name: value for name, (value, neutral) in values.items() if value != neutral}
 
     @classmethod
     def from_settings(cls, values: Mapping[str, Any]) -> Row:
@@ -350,20 +350,23 @@ def fingerprint(source: str, name: str, *, inputs: Path, output: Path) -> list[t
 
 def read_manifest(folder: Path) -> dict[str, str]:
     """Row hash -> file name of every finished picture that is still there; a half-written last line is left out."""
+    there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    return {entry["hash"]: entry["file"] for entry in read_manifest_entries(folder) if entry["file"] in there}
+
+
+def read_manifest_entries(folder: Path) -> list[dict[str, Any]]:
+    """{hash, file, pixels, and the row's settings} of every picture that was finished, oldest first."""
     path = folder / MANIFEST
-    done: dict[str, str] = {}
-    if not path.exists():
-        return done
-    for line in path.read_text(encoding="utf-8").splitlines():
+    entries = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:
             entry = json.loads(line)
-            digest, file = entry["hash"], entry["file"]
+            entry |= {name: str(entry[name]) for name in ("hash", "file")}
         except (ValueError, KeyError, TypeError):
             logger.warning("%s: a line could not be read and is left out: %.60s", path, line)
             continue
-        if (folder / file).is_file():
-            done[digest] = file
-    return done
+        entries.append(entry)
+    return entries
 
 
 def append_manifest(folder: Path, row: Row, file: str) -> None:
@@ -473,6 +476,18 @@ def run_rows(
     return BatchResult(
         files=[folder / done[row.hash] for row in rows], made=len(pending), kept=len(rows) - len(pending)
     )
+
+
+def make_image(
+    row: Row,
+    *,
+    encode: Callable[[str], Any],
+    generate: Callable[[Row, Any, Any], Tensor],
+    write: Callable[[Row], str] | None = None,
+) -> Tensor:
+    """One row's picture [H, W, 3] in [0, 1], as `run_rows` makes it."""
+    positive = encode(row.prompt if write is None else write(row))
+    return generate(row, positive, None if row.cfg == 1 else encode(row.negative))
 
 
 def file_name(row: Row) -> str:

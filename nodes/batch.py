@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from . import host
-from .rows import Studio, default_row
+from .rows import Studio, default_row, remake_input, remake_row, run_rows
 from .sampling import CUSTOM, MAX_SEED, PRESETS, cfg_input, shift_input, size_inputs, steps_input
 from .wildcards import find_wildcards
 
@@ -94,6 +94,7 @@ class ErnieBatchFromPrompts(io.ComfyNode):
                     "choices, and so on.",
                     optional=True,
                 ),
+                remake_input(),
             ],
             outputs=[
                 io.Image.Output(
@@ -118,26 +119,18 @@ class ErnieBatchFromPrompts(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls,
-        model,
-        clip,
-        vae,
-        source,
-        name,
-        collect,
-        seed,
-        wildcards=False,
-        variations=1,
-        **settings,
+        cls, model, clip, vae, source, name, collect, seed, wildcards=False, variations=1, remake=0, **settings
     ) -> io.NodeOutput:
-        from ..ernie_core.batch import read_image, read_rows, run_folder, run_rows, vary_rows
+        from ..ernie_core.batch import read_image, read_rows, vary_rows
 
+        studio = Studio(models=[model], clip=clip, vae=vae, hidden=cls.hidden)
+        if remake:
+            image, report = remake_row(name, remake, studio)
+            return io.NodeOutput([image], report, ui={"text": [report]})
         rows, problems = read_rows(source, default_row(seed=seed, **settings), folder=host.input_folder())
         choices = find_wildcards() if wildcards else None
         rows, more = vary_rows(rows, variations=variations, wildcards=choices, seed=seed)
-        folder = run_folder(host.output_folder(), name)
-        studio = Studio(models=[model], clip=clip, vae=vae, hidden=cls.hidden)
-        result = run_rows(rows, folder, **studio.callbacks())
+        result = run_rows(rows, name, studio)
         images = [read_image(path)[None] for path in result.files] if collect else []
         report = result.report([*problems, *more])
         return io.NodeOutput(images, report, ui={"text": [report]})

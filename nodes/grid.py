@@ -6,7 +6,7 @@ from comfy_api.latest import io
 
 from . import host
 from .loading import Enhancer
-from .rows import Studio, default_row
+from .rows import Studio, default_row, remake_input, remake_row, run_rows
 from .sampling import CUSTOM, MAX_SEED, PRESETS, cfg_input, shift_input, size_inputs, steps_input
 from .text import MAX_NEW_TOKENS
 
@@ -112,6 +112,7 @@ class ErnieXYGrid(io.ComfyNode):
                     )
                     for i in range(2, VARIANTS + 1)
                 ),
+                remake_input(),
             ],
             outputs=[
                 io.Image.Output(display_name="sheets", tooltip="The labelled sheets, one per value of the z axis."),
@@ -141,22 +142,23 @@ class ErnieXYGrid(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, clip, vae, name, cell_px, collect, enhancer=None, max_new_tokens=MAX_NEW_TOKENS, **inputs
+        cls, model, clip, vae, name, cell_px, collect, enhancer=None, max_new_tokens=MAX_NEW_TOKENS, remake=0, **inputs
     ) -> io.NodeOutput:
-        from ..ernie_core.batch import read_image, run_folder, run_rows
+        from ..ernie_core.batch import read_image
         from ..ernie_core.grid import make_cells
 
         models = [model, *(inputs.pop(f"model_{i}", None) for i in range(2, VARIANTS + 1))]
-        axes = read_axes(inputs, models, enhancer)
-        row = default_row(**inputs)
-        cells = make_cells(row, axes)
-        folder = run_folder(host.output_folder(), name)
         studio = Studio(
             models=models, clip=clip, vae=vae, hidden=cls.hidden, enhancer=enhancer, max_new_tokens=max_new_tokens
         )
-        result = run_rows([cell.row for cell in cells], folder, **studio.callbacks())
+        if remake:
+            image, report = remake_row(name, remake, studio)
+            return io.NodeOutput(image, [image], report, ui={"text": [report]})
+        axes = read_axes(inputs, models, enhancer)
+        cells = make_cells(default_row(**inputs), axes)
+        result = run_rows([cell.row for cell in cells], name, studio)
         files = {cell.place: path for cell, path in zip(cells, result.files, strict=True)}
-        sheets, notes = make_sheets(row, axes, files, cell_px, studio, folder)
+        sheets, notes = make_sheets(default_row(**inputs), axes, files, cell_px, studio)
         images = [read_image(files[place])[None] for place in sorted(files, key=lambda p: p[::-1])] if collect else []
         report = "\n".join([result.report([]), *notes])
         return io.NodeOutput(sheets, images, report, ui={"text": [report]})
@@ -178,7 +180,7 @@ def read_axes(inputs: dict, models: list, enhancer) -> list:
     return [parse_axis(name, text, offers) for name, text in chosen]
 
 
-def make_sheets(row, axes: list, files: dict, cell_px: int, studio: Studio, folder) -> tuple:
+def make_sheets(row, axes: list, files: dict, cell_px: int, studio: Studio) -> tuple:
     """(the sheets [Z, H, W, 3], lines for the report); each sheet is also a file."""
     import hashlib
 
@@ -195,7 +197,7 @@ def make_sheets(row, axes: list, files: dict, cell_px: int, studio: Studio, fold
         host.throw_if_interrupted()
         sheets.append(torch.tensor(pixels).float() / 255)
         digest = hashlib.sha256(pixels.tobytes()).hexdigest()[:12]
-        path = folder / f"sheet_{digest}.png"
+        path = files[0, 0, 0].with_name(f"sheet_{digest}.png")
         if not path.is_file():
             studio.save_sheet(sheets[-1], path)
         notes.append(f"sheet {z + 1}: {path.name}")

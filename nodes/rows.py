@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from comfy_api.latest import io
+
 from ..ernie_core.errors import ErnieError
 from . import host
 from .sampling import preset_settings
@@ -107,15 +109,109 @@ class Studio:
         host.throw_if_interrupted()
         host.show_text(self.hidden.unique_id, f"{number} of {total} ({row.label}): {row.prompt[:80]}")
 
+    def painters(self) -> dict[str, Any]:
+        """What the engine's `make_image` needs."""
+        return {"encode": self.encode, "write": self.write, "generate": self.generate}
+
     def callbacks(self) -> dict[str, Any]:
         """What the engine's `run_rows` needs."""
-        return {
-            "encode": self.encode,
-            "write": self.write,
-            "generate": self.generate,
-            "save": self.save,
-            "on_row": self.announce,
-        }
+        return {**self.painters(), "save": self.save, "on_row": self.announce}
+
+
+def run_rows(rows, name: str, studio: Studio):
+    """Make what is not there yet in the folder `name`, whose run.json tells how; returns the engine's result."""
+    from ..ernie_core.batch import run_folder
+    from ..ernie_core.batch import run_rows as run
+    from ..ernie_core.runs import write_run
+
+    folder = run_folder(host.output_folder(), name)
+    write_run(folder, describe_run(rows, studio.hidden))
+    return run(rows, folder, **studio.callbacks())
+
+
+def describe_run(rows, hidden):
+    """The run of these rows: graph, versions, model files."""
+    from ..ernie_core.runs import Run
+
+    graph = needed_graph(hidden.prompt, hidden.unique_id)
+    return Run(
+        rows=[row.settings() for row in rows],
+        node=hidden.unique_id,
+        prompt=graph,
+        made_with=made_with(),
+        models=model_files(graph or {}, {name for row in rows for name in (row.checkpoint, *dict(row.loras))}),
+    )
+
+
+def made_with() -> dict[str, str]:
+    from ..ernie_core.runs import describe_machine
+
+    version = host.host_version()
+    shown = f"ComfyUI {'.'.join(map(str, version))}" if version else "standalone"
+    return {"host": shown, **describe_machine(str(host.device()))}
+
+
+def needed_graph(prompt, node_id: str | None):
+    """The part of an API-format graph that a node needs, itself included; None where the host hides the graph."""
+    if not prompt or node_id is None or str(node_id) not in prompt:
+        return None
+    needed, left = {}, [str(node_id)]
+    while left:
+        name = left.pop()
+        if name in prompt and name not in needed:
+            needed[name] = prompt[name]
+            links = [v for v in prompt[name].get("inputs", {}).values() if isinstance(v, list) and len(v) == 2]
+            left += [str(origin) for origin, _ in links]
+    return {name: node for name, node in prompt.items() if name in needed}
+
+
+def model_files(graph, names: set[str]) -> list[dict]:
+    """Fingerprints of the model files that the graph's widgets and the rows name."""
+    from ..ernie_core.runs import fingerprint_file
+
+    texts = names | {v for node in graph.values() for v in node.get("inputs", {}).values() if isinstance(v, str)}
+    found = []
+    for kind in ("diffusion_models", "text_encoders", "vae", "loras"):
+        offered = host.list_loras() if kind == "loras" else host.list_models(kind)
+        for name in sorted(texts & set(offered)):
+            path = host.lora_path(name) if kind == "loras" else host.model_path(kind, name)
+            if path.exists():
+                found.append({"kind": kind, "name": name, **fingerprint_file(path)})
+    return found
+
+
+def remake_row(name: str, number: int, studio: Studio) -> tuple:
+    """(the picture [1, H, W, 3] of row `number` of the run in folder `name`, made again; whether it is the same)."""
+    from ..ernie_core.batch import file_name, hash_pixels, make_image, read_image, run_folder
+    from ..ernie_core.runs import RUN, differences, read_run, recorded_pixels
+
+    folder = run_folder(host.output_folder(), name)
+    run = read_run(folder / RUN)
+    row = run.row(number)
+    studio.announce(1, 1, row)
+    path = folder / f"remade_{file_name(row)}"
+    studio.save(make_image(row, **studio.painters()), path, row)
+    before = recorded_pixels(folder, row)
+    if before is None:
+        said = "the run has no finished picture of it to compare with"
+    elif before == hash_pixels(path):
+        said = "bit-equal to the picture of the run"
+    else:
+        changed = differences(run, made_with(), model_files(run.prompt or {}, {row.checkpoint, *dict(row.loras)}))
+        said = f"not the picture of the run: {'; '.join(changed) or 'the graph in front of this node may differ'}"
+    return read_image(path)[None], f"row {number} ({row.label}): {said}\n{path.name}"
+
+
+def remake_input() -> io.Int.Input:
+    return io.Int.Input(
+        "remake",
+        default=0,
+        min=0,
+        max=10_000_000,
+        optional=True,
+        tooltip="Number of a row in the folder's run.json to make again alone, and to compare bit by bit with the "
+        "picture of the run; prompts and settings come from there. 0 (neutral) = make the whole run.",
+    )
 
 
 def default_row(*, preset: str, steps: int, cfg: float, prompt: str = "", **settings):

@@ -1,4 +1,4 @@
-"""The command line: `python -m standalone WORKFLOW [--set ...] [--out DIR]`.
+"""The command line: `python -m standalone WORKFLOW [--set ...] [--out DIR]`, or `remake RUN.json --row N`.
 
 Exit codes: 0 done · 1 a node failed · 2 bad command line, or the workflow was refused before anything ran ·
 130 stopped by Ctrl-C. Results are printed on stdout (a path per saved file, then the text that nodes show),
@@ -11,13 +11,16 @@ import argparse
 import contextlib
 import logging
 import os
+import shutil
 import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from ..ernie_core.batch import MANIFEST, file_name, hash_pixels
 from ..ernie_core.errors import ErnieError, Interrupted
+from ..ernie_core.runs import RUN, read_run, recorded_pixels
 from . import graph, host, load_node_classes
 
 EXIT_DONE, EXIT_FAILED, EXIT_REFUSED, EXIT_INTERRUPTED = 0, 1, 2, 130
@@ -27,7 +30,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m standalone",
         description="Run a ComfyUI workflow of this pack without ComfyUI.",
-        epilog="Exit codes: 0 done, 1 a node failed, 2 refused before anything ran, 130 stopped by Ctrl-C.",
+        epilog="Exit codes: 0 done, 1 a node failed, 2 refused before anything ran, 130 stopped by Ctrl-C. "
+        "`python -m standalone remake RUN.json --row N` makes one picture of a batch or grid again.",
     )
     parser.add_argument(
         "workflow", nargs="?", type=Path, help=".json (UI or API format), or a .png saved with a workflow"
@@ -57,8 +61,11 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["remake"]:
+        return remake(make_remake_parser().parse_args(arguments[1:]))
     parser = make_parser()
-    args = parser.parse_args(argv)
+    args = parser.parse_args(arguments)
     if args.workflow is None and not args.list:
         parser.error("a workflow file expected; for example workflows/text_to_image.json")
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
@@ -85,6 +92,56 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     return run(workflow, classes)
+
+
+def make_remake_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m standalone remake",
+        description="Make one picture of a batch or grid again, from its run.json, and compare it bit by bit.",
+        epilog="Exit codes: 0 bit-equal, 1 another picture or a node failed, 2 refused before anything ran.",
+    )
+    parser.add_argument("run", type=Path, help="run.json, or the folder of the run")
+    parser.add_argument("--row", type=int, required=True, help="number of the row, from 1")
+    parser.add_argument("--out", type=Path, help="output folder (default: beside the run's pictures)")
+    parser.add_argument("--models", type=Path, help="folder with models (default: $ERNIE_MODELS, else the tiny model)")
+    parser.add_argument("--tiny", action="store_true", help="use the tiny model in place of the released files")
+    parser.add_argument("--input", type=Path, help="folder LoadImage reads (default: input)")
+    return parser
+
+
+def remake(args: argparse.Namespace) -> int:
+    """Run only what one row of a run needs; the node makes it and compares."""
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
+    try:
+        made = read_run(args.run)
+        row = made.row(args.row)
+        folder = args.run if args.run.is_dir() else args.run.parent
+        if made.prompt is None or made.node is None:
+            raise ErnieError("this run.json holds no graph: make the row again with the node's own remake input.")
+        name = Path(str(made.prompt[made.node]["inputs"].get("name", "")).strip())
+        output = args.out or folder.resolve().parents[len(name.parts) - 1]
+        if args.out is not None:
+            (output / name).mkdir(parents=True, exist_ok=True)
+            for file in (RUN, MANIFEST):
+                source = args.run if file == RUN and args.run.is_file() else folder / file
+                if source.is_file() and source.resolve() != (output / name / file).resolve():
+                    shutil.copyfile(source, output / name / file)
+        elif (output / name / RUN).resolve() != (args.run / RUN if args.run.is_dir() else args.run).resolve():
+            raise ErnieError(f"{args.run} was moved or is an earlier run: name a folder for the picture with --out.")
+        args.workflow, args.out = None, output
+        configure(args)
+        classes = load_node_classes()
+        workflow = graph.parse_workflow(made.prompt, classes)
+        workflow.prompt[made.node]["inputs"]["remake"] = args.row
+        graph.validate(workflow.prompt, classes)
+    except ErnieError as e:
+        tell(f"error: {e}")
+        return EXIT_REFUSED
+    code = run(workflow, classes)
+    if code != EXIT_DONE:
+        return code
+    again = hash_pixels(output / name / f"remade_{file_name(row)}")
+    return EXIT_DONE if again == recorded_pixels(output / name, row) else EXIT_FAILED
 
 
 def configure(args: argparse.Namespace) -> None:

@@ -34,7 +34,7 @@ LEVELS = [
     {"adviser_rules"},
     {"adviser"},
     {"batch", "pipeline"},
-    {"grid"},
+    {"grid", "runs"},
     {"training.captions", "training.pictures"},
     {"training.items"},
     {"training.adapters", "training.blocks", "training.objectives", "training.dataset"},

@@ -72,7 +72,7 @@ WIDGETS = [
     *[("ErnieSkipLayerGuidance", w) for w in ("scale", "blocks", "start", "end")],
     *[("ErnieBatchFromPrompts", w) for w in ("source", "name", "negative", "width", "height", "preset", "steps")],
     *[("ErnieBatchFromPrompts", w) for w in ("cfg", "shift", "seed", "collect", "wildcards")],
-    ("ErnieBatchFromPrompts", "variations"),
+    *[("ErnieBatchFromPrompts", w) for w in ("variations", "remake")],
     *[("ErnieWildcards", w) for w in ("text", "seed", "row", "folder")],
     *[("ErnieLoadImageModel", w) for w in ("weight_dtype", "rope", "load_enhancer")],
     *[("ErnieDatasetFolder", w) for w in ("path", "format", "trigger", "caption_dropout", "missing_caption")],

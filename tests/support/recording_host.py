@@ -17,6 +17,9 @@ class RecordingHost:
     def _note(self, name, *values):
         self.calls.append((name, *(_plain(v) for v in values)))
 
+    def host_version(self):
+        return None
+
     def list_models(self, kind):
         return {"vae": ["v1.safetensors", "v2.safetensors"]}.get(kind, ["a.safetensors", "b.safetensors", "official/"])
 
