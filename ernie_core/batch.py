@@ -375,8 +375,17 @@ def append_manifest(folder: Path, row: Row, file: str) -> None:
     Raises:
         ErnieError: the picture cannot be read back, the disk is full, or the folder cannot be written to.
     """
-    path = folder / MANIFEST
-    entry = {"hash": row.hash, "file": file, "pixels": hash_pixels(folder / file), **row.settings()}
+    append_line(
+        folder / MANIFEST, {"hash": row.hash, "file": file, "pixels": hash_pixels(folder / file), **row.settings()}
+    )
+
+
+def append_line(path: Path, entry: Mapping[str, Any]) -> None:
+    """Add one line of JSON to a journal and force it to disk, after ending a line that a killed run left unfinished.
+
+    Raises:
+        ErnieError: the disk is full, or the folder cannot be written to.
+    """
     try:
         with path.open("a+b") as f:
             if f.tell():

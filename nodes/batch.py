@@ -13,6 +13,28 @@ CATEGORY = "ERNIE/batch"
 ROW_TOOLTIP = " For rows without a %s column."
 
 
+def row_inputs() -> list:
+    """What a row of a list may say itself; these are for rows without that column."""
+    return [
+        io.String.Input("negative", multiline=True, default="", tooltip="Negative prompt." + ROW_TOOLTIP % "negative"),
+        *size_inputs("Picture %s in pixels, a multiple of 16. For rows without that column."),
+        io.Combo.Input(
+            "preset",
+            options=[*PRESETS, CUSTOM],
+            default=next(iter(PRESETS)),
+            tooltip="Official steps / cfg of the two models, for rows without those columns. custom takes "
+            "steps and "
+            "cfg from below.",
+        ),
+        steps_input(tooltip="Model evaluations, 1 to 1000, when preset is custom." + ROW_TOOLTIP % "steps"),
+        cfg_input(
+            "Strength of the prompt against the negative, 0 to 100, 1 = off, when preset is custom."
+            + ROW_TOOLTIP % "cfg"
+        ),
+        shift_input("Share of the steps at high noise, 4 is official, 1 = even." + ROW_TOOLTIP % "shift"),
+    ]
+
+
 class ErnieBatchFromPrompts(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -44,24 +66,7 @@ class ErnieBatchFromPrompts(io.ComfyNode):
                     "again: take a "
                     "new name when you change model or LoRA.",
                 ),
-                io.String.Input(
-                    "negative", multiline=True, default="", tooltip="Negative prompt." + ROW_TOOLTIP % "negative"
-                ),
-                *size_inputs("Picture %s in pixels, a multiple of 16. For rows without that column."),
-                io.Combo.Input(
-                    "preset",
-                    options=[*PRESETS, CUSTOM],
-                    default=next(iter(PRESETS)),
-                    tooltip="Official steps / cfg of the two models, for rows without those columns. custom takes "
-                    "steps and "
-                    "cfg from below.",
-                ),
-                steps_input(tooltip="Model evaluations, 1 to 1000, when preset is custom." + ROW_TOOLTIP % "steps"),
-                cfg_input(
-                    "Strength of the prompt against the negative, 0 to 100, 1 = off, when preset is custom."
-                    + ROW_TOOLTIP % "cfg"
-                ),
-                shift_input("Share of the steps at high noise, 4 is official, 1 = even." + ROW_TOOLTIP % "shift"),
+                *row_inputs(),
                 io.Int.Input(
                     "seed",
                     default=0,

@@ -10,9 +10,9 @@ from comfy_api.latest import io
 
 from ..ernie_core.errors import ErnieError
 from . import host
-from .batch import ROW_TOOLTIP
+from .batch import row_inputs
 from .rows import Studio
-from .sampling import CUSTOM, MAX_SEED, PRESETS, cfg_input, preset_settings, shift_input, size_inputs, steps_input
+from .sampling import CUSTOM, MAX_SEED, preset_settings
 
 CATEGORY = "ERNIE/scoring"
 Scorer = io.Custom("ERNIE_SCORER")
@@ -328,24 +328,7 @@ class ErnieBestOfN(io.ComfyNode):
                     "rejected, for preference pairs.",
                 ),
                 batch_size_input(),
-                io.String.Input(
-                    "negative", multiline=True, default="", tooltip="Negative prompt." + ROW_TOOLTIP % "negative"
-                ),
-                *size_inputs("Picture %s in pixels, a multiple of 16. For rows without that column."),
-                io.Combo.Input(
-                    "preset",
-                    options=[*PRESETS, CUSTOM],
-                    default=next(iter(PRESETS)),
-                    tooltip="Official steps / cfg of the two models, for rows without those columns. custom takes "
-                    "steps and "
-                    "cfg from below.",
-                ),
-                steps_input(tooltip="Model evaluations, 1 to 1000, when preset is custom." + ROW_TOOLTIP % "steps"),
-                cfg_input(
-                    "Strength of the prompt against the negative, 0 to 100, 1 = off, when preset is custom."
-                    + ROW_TOOLTIP % "cfg"
-                ),
-                shift_input("Share of the steps at high noise, 4 is official, 1 = even." + ROW_TOOLTIP % "shift"),
+                *row_inputs(),
                 io.Int.Input(
                     "seed",
                     default=0,

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from ..batch import Row
+from ..batch import Row, append_line
 from ..errors import ErnieError
 from .scorer import DEFAULT_BATCH, Scorer, Scores, make_scores, to_rgb
 
@@ -193,18 +193,4 @@ def _read_journal(folder: Path, scorer: str) -> dict[str, float]:
 
 def _append_journal(folder: Path, scorer: str, row: Row, score: float) -> None:
     entry = {"hash": row.hash, "scorer": scorer, "score": score, **asdict(row)}
-    path = folder / JOURNAL
-    try:
-        with path.open("a+b") as f:
-            if f.tell():
-                f.seek(-1, os.SEEK_END)
-                if f.read(1) != b"\n":  # a run was killed while writing its last line
-                    f.write(b"\n")
-            f.write(json.dumps(entry, ensure_ascii=False).encode() + b"\n")
-            f.flush()
-            os.fsync(f.fileno())
-    except OSError as e:
-        raise ErnieError(
-            f"{path} could not be written ({e.strerror or e}). Free some space and run again: finished pictures are "
-            "kept."
-        ) from e
+    append_line(folder / JOURNAL, entry)

@@ -16,13 +16,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from .clip_based import prepare_cropped
 from .network import Bring, Place, Precision, Weights, fill, require_transformers, stay
-from .scorer import DEFAULT_BATCH, Picture, score_stream
+from .scorer import BatchScorer
 
 REWARD_MEAN, REWARD_STD = 0.16717362830052426, 1.0333394966054072  # ImageReward.py
 MAX_TOKENS = 35
@@ -171,7 +172,7 @@ def read_tokenizer(folders: Sequence[Path | None], source: Path) -> Any:
     )
 
 
-class ImageReward:
+class ImageReward(BatchScorer[Tensor]):
     """ImageReward as a scorer; about -2.5 to 2.5, 0 is the mean of its training pictures."""
 
     name = "ImageReward"
@@ -189,25 +190,11 @@ class ImageReward:
         self.side_px = int(network.vision.config.image_size)
         self._bring: Bring = place(network)
 
-    def score(
-        self,
-        images: Tensor | Iterable[Picture],
-        prompts: str | Iterable[str] | None = None,
-        *,
-        batch_size: int = DEFAULT_BATCH,
-        on_scored: Callable[[int], None] | None = None,
-    ) -> list[float]:
-        """As `Scorer.score`."""
-        return score_stream(
-            images,
-            prompts,
-            prepare=lambda rgb_HWC: prepare_cropped(rgb_HWC, self.side_px),
-            run=lambda made, texts: self._score_batch(torch.stack(made), texts).tolist(),
-            reads_prompt=True,
-            name=self.name,
-            batch_size=batch_size,
-            on_scored=on_scored,
-        )
+    def prepare(self, rgb_HWC: np.ndarray) -> Tensor:
+        return prepare_cropped(rgb_HWC, self.side_px)
+
+    def start(self) -> Callable[[list[Tensor], list[str]], Sequence[float]]:
+        return lambda made, texts: self._score_batch(torch.stack(made), texts).tolist()
 
     @torch.inference_mode()
     def _score_batch(self, pixels_BCHW: Tensor, texts: list[str]) -> Tensor:

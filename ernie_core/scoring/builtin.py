@@ -27,15 +27,14 @@ Shape letters: H, W pixels, C = 3 colours.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from torch import Tensor
 
 from ..errors import ErnieError
-from .scorer import DEFAULT_BATCH, Picture, score_stream
+from .scorer import BatchScorer
 
 Measure = Literal["combined", "sharpness", "cleanliness", "exposure", "contrast", "colourfulness", "text_legibility"]
 MEASURES: tuple[Measure, ...] = (
@@ -59,8 +58,8 @@ _RELATIVE_LUMINANCE = np.array([0.2126, 0.7152, 0.0722], dtype=np.float32)  # WC
 
 
 @dataclass(frozen=True, kw_only=True)
-class BuiltinScorer:
-    """One of MEASURES as a scorer."""
+class BuiltinScorer(BatchScorer[float]):
+    """One of MEASURES as a scorer, 0 to 100."""
 
     measure: Measure = "combined"
     low: float | None = 0.0
@@ -80,25 +79,11 @@ class BuiltinScorer:
     def key(self) -> str:
         return f"{self.name}:{RULES}"
 
-    def score(
-        self,
-        images: Tensor | Iterable[Picture],
-        prompts: str | Iterable[str] | None = None,
-        *,
-        batch_size: int = DEFAULT_BATCH,
-        on_scored: Callable[[int], None] | None = None,
-    ) -> list[float]:
-        """As `Scorer.score`; 0 to 100."""
-        return score_stream(
-            images,
-            prompts,
-            prepare=lambda rgb_HWC: measure_picture(rgb_HWC, self.measure),
-            run=lambda made, _texts: made,
-            reads_prompt=False,
-            name=self.name,
-            batch_size=batch_size,
-            on_scored=on_scored,
-        )
+    def prepare(self, rgb_HWC: np.ndarray) -> float:
+        return measure_picture(rgb_HWC, self.measure)
+
+    def start(self) -> Callable[[list[float], list[str]], Sequence[float]]:
+        return lambda made, _texts: made
 
 
 def measure_picture(rgb_HWC: np.ndarray, measure: Measure) -> float:

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError, ErnieError
 from .network import Bring, Place, Precision, Weights, fill, require_transformers, stay
-from .scorer import DEFAULT_BATCH, Picture, score_stream
+from .scorer import BatchScorer
 
 logger = logging.getLogger(__name__)
 
@@ -322,7 +322,7 @@ class Prompts:
 # --- scorers ---------------------------------------------------------------------------------------------------------
 
 
-class ClipScorer:
+class ClipScorer(BatchScorer[Tensor]):
     """CLIP score, PickScore or HPS v2: how well a picture fits its prompt."""
 
     higher_is_better = True
@@ -348,27 +348,13 @@ class ClipScorer:
         self.side_px = int(network.config.vision_config.image_size)
         self._bring: Bring = place(network)
 
-    def score(
-        self,
-        images: Tensor | Iterable[Picture],
-        prompts: str | Iterable[str] | None = None,
-        *,
-        batch_size: int = DEFAULT_BATCH,
-        on_scored: Callable[[int], None] | None = None,
-    ) -> list[float]:
-        """As `Scorer.score`."""
+    def prepare(self, rgb_HWC: np.ndarray) -> Tensor:
         fit = prepare_padded if self.kind == "hpsv2" else prepare_cropped
+        return fit(rgb_HWC, self.side_px)
+
+    def start(self) -> Callable[[list[Tensor], list[str]], Sequence[float]]:
         kept = Prompts(self.network, self.tokenizer)
-        return score_stream(
-            images,
-            prompts,
-            prepare=lambda rgb_HWC: fit(rgb_HWC, self.side_px),
-            run=lambda made, texts: self._score_batch(torch.stack(made), texts, kept).tolist(),
-            reads_prompt=True,
-            name=self.name,
-            batch_size=batch_size,
-            on_scored=on_scored,
-        )
+        return lambda made, texts: self._score_batch(torch.stack(made), texts, kept).tolist()
 
     @torch.inference_mode()
     def _score_batch(self, pixels_BCHW: Tensor, texts: list[str], prompts: Prompts) -> Tensor:
@@ -413,7 +399,7 @@ def _head_layers(tensors: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
     return layers
 
 
-class LaionAesthetic:
+class LaionAesthetic(BatchScorer[Tensor]):
     """LAION's aesthetic predictor, trained on ratings of 1 to 10; values outside do occur."""
 
     low: float | None = None
@@ -455,25 +441,11 @@ class LaionAesthetic:
         self.side_px = int(config.image_size)
         self._bring: Bring = place(network)
 
-    def score(
-        self,
-        images: Tensor | Iterable[Picture],
-        prompts: str | Iterable[str] | None = None,
-        *,
-        batch_size: int = DEFAULT_BATCH,
-        on_scored: Callable[[int], None] | None = None,
-    ) -> list[float]:
-        """As `Scorer.score`; about 1 to 10."""
-        return score_stream(
-            images,
-            prompts,
-            prepare=lambda rgb_HWC: prepare_cropped(rgb_HWC, self.side_px),
-            run=lambda made, _texts: self._score_batch(torch.stack(made)).tolist(),
-            reads_prompt=False,
-            name=self.name,
-            batch_size=batch_size,
-            on_scored=on_scored,
-        )
+    def prepare(self, rgb_HWC: np.ndarray) -> Tensor:
+        return prepare_cropped(rgb_HWC, self.side_px)
+
+    def start(self) -> Callable[[list[Tensor], list[str]], Sequence[float]]:
+        return lambda made, _texts: self._score_batch(torch.stack(made)).tolist()
 
     @torch.inference_mode()
     def _score_batch(self, pixels_BCHW: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import functools
 import logging
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from ..errors import CheckpointError, ErnieError
 from ..weights.four_bit import FourBit, is_four_bit, read_bitsandbytes
 from .network import Bring, Place, Precision, Weights, fill, require_transformers, stay
-from .scorer import DEFAULT_BATCH, Picture, score_stream
+from .scorer import BatchScorer
 
 logger = logging.getLogger(__name__)
 
@@ -288,8 +288,8 @@ def read_tokenizer(folder: Path | None, source: Path) -> Any:
     return tokenizer
 
 
-class ErnieAes:
-    """ERNIE-Image-Aes (or ArtiMuse itself) as a scorer; see the module's text."""
+class ErnieAes(BatchScorer[Tensor]):
+    """ERNIE-Image-Aes (or ArtiMuse itself) as a scorer, 0 to 100; see the module's text."""
 
     low: float | None = 0.0
     high: float | None = 100.0
@@ -355,25 +355,11 @@ class ErnieAes:
         embedding.num_embeddings, head.out_features = len(used), len(self.score_ids)
         self.score_ids = torch.arange(len(self.score_ids))
 
-    def score(
-        self,
-        images: Tensor | Iterable[Picture],
-        prompts: str | Iterable[str] | None = None,
-        *,
-        batch_size: int = DEFAULT_BATCH,
-        on_scored: Callable[[int], None] | None = None,
-    ) -> list[float]:
-        """As `Scorer.score`; 0 to 100."""
-        return score_stream(
-            images,
-            prompts,
-            prepare=lambda rgb_HWC: prepare(rgb_HWC, self.side_px),
-            run=lambda made, _texts: self.score_pixels(torch.stack(made)).tolist(),
-            reads_prompt=False,
-            name=self.name,
-            batch_size=batch_size,
-            on_scored=on_scored,
-        )
+    def prepare(self, rgb_HWC: np.ndarray) -> Tensor:
+        return prepare(rgb_HWC, self.side_px)
+
+    def start(self) -> Callable[[list[Tensor], list[str]], Sequence[float]]:
+        return lambda made, _texts: self.score_pixels(torch.stack(made)).tolist()
 
     @torch.inference_mode()
     def score_pixels(self, pixels_BCHW: Tensor) -> Tensor:

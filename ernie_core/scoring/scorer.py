@@ -12,10 +12,11 @@ import csv
 import io
 import json
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, Generic, Protocol, TypeVar, cast, runtime_checkable
 
 import numpy as np
 import torch
@@ -83,6 +84,39 @@ class Scorer(Protocol):
             ErnieError: a picture cannot be used (which, why), a prompt is missing, or a number came out as NaN.
         """
         ...
+
+
+class BatchScorer(ABC, Generic[T]):
+    """What is the same in every `Scorer`: `score`, out of how one picture is prepared and how a batch is run."""
+
+    @abstractmethod
+    def prepare(self, rgb_HWC: np.ndarray) -> T:
+        """Something small of fixed size, out of uint8 [H, W, 3]."""
+
+    @abstractmethod
+    def start(self) -> Callable[[list[T], list[str]], Sequence[float]]:
+        """What scores a batch of prepared pictures with their prompts; made anew for every `score`."""
+
+    def score(
+        self,
+        images: Tensor | Iterable[Picture],
+        prompts: str | Iterable[str] | None = None,
+        *,
+        batch_size: int = DEFAULT_BATCH,
+        on_scored: Callable[[int], None] | None = None,
+    ) -> list[float]:
+        """As `Scorer.score`."""
+        scorer = cast(Scorer, self)
+        return score_stream(
+            images,
+            prompts,
+            prepare=self.prepare,
+            run=self.start(),
+            reads_prompt=scorer.reads_prompt,
+            name=scorer.name,
+            batch_size=batch_size,
+            on_scored=on_scored,
+        )
 
 
 # --- pictures --------------------------------------------------------------------------------------------------------
