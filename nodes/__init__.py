@@ -19,6 +19,7 @@ class ErnieExtension(ComfyExtension):
         from .adviser import ErnieHardwareAdviser
         from .batch import ErnieBatchFromPrompts
         from .benchmark import ErnieAestheticBenchmark, ErniePromptBenchmark
+        from .caching import ErnieStepCache
         from .dataset import ErnieDatasetFolder, ErnieDatasetImages, ErniePairsFolder
         from .experts import ErnieExpert, ErnieMixExperts
         from .grid import ErnieXYGrid
@@ -79,6 +80,7 @@ class ErnieExtension(ComfyExtension):
             ErnieTrain,
             ErnieTrainingReport,
             ErnieReducedDepth,
+            ErnieStepCache,
             ErnieLoadScorer,
             ErnieScoreImages,
             ErnieFilterByScore,

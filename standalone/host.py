@@ -17,7 +17,8 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -84,6 +85,8 @@ class Model:
     """Blocks that are left out."""
     guidance: tuple[Any, ...] = ()
     """Guidance rules, in the order in which they were added."""
+    step_cache: Any = None
+    """When evaluations may be left out, and the node that says how many were."""
     experts: tuple[Any, ...] = ()
     """Who denoises which noise levels; the model itself where nobody does."""
     expert_blend: float = 0.0
@@ -511,6 +514,35 @@ def add_guidance(model: Model, rules: Sequence[Any]) -> Model:
     return replace(model, guidance=(*model.guidance, *added)) if added else model
 
 
+# ---------------------------------------------------------------------------------------------------- step cache
+
+
+def set_step_cache(model: Model, cache: Any, *, node_id: str | None = None) -> Model:
+    """Return a model that leaves evaluations out by a `StepCache`, or `model` itself where none can be left out."""
+    if cache.is_neutral:
+        return model
+    if model.step_cache is not None:
+        logger.warning("The Step Cache (ERNIE) before this one is not used: one model has one. Remove one of the two.")
+    return replace(model, step_cache=(cache, node_id))
+
+
+@contextmanager
+def _step_cache_run(model: Model) -> Iterator[Any]:
+    """Give one run's cache, or None; says at the end, interrupted or not, how much was left out."""
+    if model.step_cache is None:
+        yield None
+        return
+    from ..ernie_core.sampling.cache import StepCacheRun
+
+    cache, node_id = model.step_cache
+    run = StepCacheRun(cache, num_blocks(model))
+    try:
+        yield run
+    finally:
+        logger.info("Step Cache (ERNIE): %s.", run.report())
+        show_text(node_id, run.report())
+
+
 # ---------------------------------------------------------------------------------------------------- LoRA
 
 
@@ -726,7 +758,10 @@ def sample_from_noise(
     where = device()
     start, noise = start.to(where), noise.to(where)
     batch, size = start.shape[0], (start.shape[2], start.shape[3])
-    denoise = _denoise_of(model, positive, negative, batch, size, cfg, GuidanceRun(model.guidance, sigmas))
+    guidance = GuidanceRun(model.guidance, sigmas)
+    cached = ExitStack()
+    run = cached.enter_context(_step_cache_run(model))
+    denoise = _denoise_of(model, positive, negative, batch, size, cfg, guidance, run)
     if latent.get("noise_mask") is not None:
         denoise = _keep_outside(denoise, latent["noise_mask"], start, noise)
     sampler = sampler or Sampler()
@@ -740,7 +775,7 @@ def sample_from_noise(
         bar.update_absolute(call + 1)
         throw_if_interrupted()
 
-    with torch.inference_mode():
+    with cached, torch.inference_mode():
         x = mix_noise(start, noise, float(sigmas[0]))
         x = sampler(denoise, x, sigmas, draw_noise=draw_noise, on_step=on_step)
     return x.cpu().clone(), last.cpu().clone()
@@ -754,10 +789,11 @@ def _denoise_of(
     size: tuple[int, int],
     cfg: float,
     run: GuidanceRun,
+    cache: Any = None,
 ) -> Denoise:
     """Return what a MODEL does to a latent of `batch` pictures: its experts, LoRAs and left-out blocks included.
 
-    Guidance is that of `run`, whoever is asked.
+    Guidance is that of `run` and the step cache, a `StepCacheRun` or None, is `cache`, whoever is asked.
     """
     from ..ernie_core.sampling.experts import mix
     from ..ernie_core.sampling.guidance import with_guidance
@@ -765,11 +801,11 @@ def _denoise_of(
     if not model.experts:
         dit = _bring(model.dit)
         denoise = with_guidance(
-            _make_denoise(dit, model.skip, positive, batch, size),
-            None if negative is None or cfg == 1 else _make_denoise(dit, model.skip, negative, batch, size),
+            _make_denoise(dit, model.skip, positive, batch, size, cache),
+            None if negative is None or cfg == 1 else _make_denoise(dit, model.skip, negative, batch, size, cache),
             cfg,
             run,
-            without=lambda blocks: _make_denoise(dit, (*model.skip, *blocks), positive, batch, size),
+            without=lambda blocks: _make_denoise(dit, (*model.skip, *blocks), positive, batch, size, cache),
         )
         return _with_loras(denoise, dit, model.loras)
 
@@ -781,7 +817,7 @@ def _denoise_of(
         if negative is None and cfg != 1:
             raise ErnieError(f"a negative prompt expected for the expert at cfg {cfg:g}, none came; connect one.")
         chosen = base if index < 0 else model.experts[index].model
-        return _denoise_of(chosen, positive, negative, batch, size, cfg, run)
+        return _denoise_of(chosen, positive, negative, batch, size, cfg, run, cache)
 
     def denoise_by(chosen: Model | None, cfg: float) -> Denoise:
         return denoise_of(places.get(id(chosen), -1), cfg)
@@ -803,7 +839,9 @@ def _check_conditioning(width: int, name: str, conditioning: list) -> None:
     check_text(name, conditioning[0][0], width)
 
 
-def _make_denoise(dit: Any, skip: tuple[int, ...], conditioning: list, batch: int, size: tuple[int, int]) -> Denoise:
+def _make_denoise(
+    dit: Any, skip: tuple[int, ...], conditioning: list, batch: int, size: tuple[int, int], cache: Any = None
+) -> Denoise:
     """Return denoise(x, sigma) under one prompt; a conditioning batch repeats to the latent's batch, as on the host."""
     from ..ernie_core.model.dit import call_block
     from ..ernie_core.pipeline import make_denoise
@@ -813,7 +851,23 @@ def _make_denoise(dit: Any, skip: tuple[int, ...], conditioning: list, batch: in
 
     text_BTD = conditioning[0][0]
     texts = [text_BTD[i % len(text_BTD)] for i in range(batch)]
-    return make_denoise(dit, texts, *size, run_block=run_kept if skip else call_block)
+    run_block = run_kept if skip else call_block
+    if cache is None:
+        return make_denoise(dit, texts, *size, run_block=run_block)
+    key = (id(dit), id(conditioning), skip)
+    now = run_block
+
+    def cached_block(index: int, block: Any, *inputs: Any) -> Tensor:
+        return now(index, block, *inputs)
+
+    denoise = make_denoise(dit, texts, *size, run_block=cached_block)
+
+    def cached(x: Tensor, sigma: float) -> Tensor:
+        nonlocal now
+        now = cache.run_block(key, sigma, run_block)
+        return denoise(x, sigma)
+
+    return cached
 
 
 def _keep_outside(denoise: Denoise, mask: Tensor, start: Tensor, noise: Tensor) -> Denoise:

@@ -21,7 +21,7 @@ LEVELS = [
     {"sampling.inputs", "sampling.schedule", "sampling.latents", "sampling.guidance"},
     {"model.rope", "model.attention", "model.kv_cache"},
     {"sampling.experts"},
-    {"model.dit", "model.vae", "model.text_encoder", "model.enhancer", "sampling.samplers"},
+    {"model.dit", "model.vae", "model.text_encoder", "model.enhancer", "sampling.samplers", "sampling.cache"},
     {
         "weights.layouts",
         "weights.quantise",

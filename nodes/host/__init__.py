@@ -5,6 +5,7 @@ about the host are from 0.12.1 and 0.33.0. Host modules are imported where they 
 imported anywhere.
 """
 
+from .cache import set_step_cache
 from .experts import set_experts
 from .files import (
     checkpoints_folder,

@@ -14,12 +14,14 @@ from torch import Tensor
 
 from ...ernie_core.config import BASE, DiTConfig
 from ...ernie_core.errors import CheckpointError, ErnieError
-from ...ernie_core.model.dit import DiT
+from ...ernie_core.model.dit import DiT, RunBlock, call_block
 from ...ernie_core.model.rope import RopeTable
 from ...ernie_core.sampling.inputs import LATENT_CHANNELS
 from ...ernie_core.sampling.schedule import NUM_TRAIN_TIMESTEPS
 
 logger = logging.getLogger(__name__)
+
+STEP_CACHE_KEY = "ernie_step_cache"
 
 DTYPES = {
     "bf16": torch.bfloat16,
@@ -203,7 +205,23 @@ def _adapter_class() -> type:
                 return out.unflatten(-1, (heads, -1))
 
             rope = self._rope_of_run(x, context.shape[1], options)
-            return super().forward(x, timesteps, context, rope=rope, attend=attend, transformer_options=options)
+            run_block = self._run_block(timesteps, options)
+            return super().forward(
+                x, timesteps, context, rope=rope, attend=attend, run_block=run_block, transformer_options=options
+            )
+
+        def _run_block(self, timesteps, options: dict[str, Any]) -> RunBlock:
+            """What a step cache of this run makes of the blocks.
+
+            Apart are: prompts, in whatever batches the host asks for them, this network, and which blocks are left out
+            (Reduced Depth, and skip-layer guidance, which asks the same prompt again).
+            """
+            run = options.get(STEP_CACHE_KEY)
+            if run is None:
+                return call_block
+            left_out = tuple(i for i, layer in enumerate(self.layers) if "forward" in vars(layer))
+            key = (id(self), tuple(options.get("uuids", options.get("cond_or_uncond", ()))), left_out)
+            return run.run_block(key, float(timesteps[0]) / NUM_TRAIN_TIMESTEPS)
 
     return HostDiT
 

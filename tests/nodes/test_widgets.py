@@ -12,6 +12,7 @@ SOCKETS = {
     "ErnieBatchFromPrompts": {"model": "MODEL", "clip": "CLIP", "vae": "VAE"},
     "ErnieDatasetImages": {"images": torch.linspace(0, 1, 2 * 32 * 32 * 3).reshape(2, 32, 32, 3)},
     "ErnieReducedDepth": {"model": "MODEL"},
+    "ErnieStepCache": {"model": "MODEL"},
     "ErnieGuidance": {"model": "MODEL"},
     "ErnieSkipLayerGuidance": {"model": "MODEL"},
 }
@@ -88,6 +89,7 @@ WIDGETS = [
     *[("ErnieRecipeDPO", w) for w in ("beta", "anchor_win", "anchor_lose", "reduction", "anchor_reduction")],
     *[("ErnieRecipeDPO", w) for w in ("auto_beta", "sdpo_mu", "reference_lora", "reference_bank")],
     ("ErnieReducedDepth", "blocks"),
+    *[("ErnieStepCache", w) for w in ("threshold", "start", "end", "max_skips")],
 ]
 LORA_WIDGETS = [
     *[("ErnieLoadLora", w) for w in ("lora_name", "strength", "blocks", "start", "end", "allow_unmatched")],

@@ -80,6 +80,10 @@ class RecordingHost:
         self._note("skip_blocks", model, tuple(blocks))
         return model
 
+    def set_step_cache(self, model, cache, *, node_id=None):
+        self._note("set_step_cache", model, cache)
+        return model
+
     def add_guidance(self, model, rules):
         self._note("add_guidance", model, tuple(rules))
         return model

@@ -23,6 +23,7 @@ NAMES = [
     "lora_stack",
     "mixed_with_core_nodes",
     "score_folder",
+    "step_cache",
     "text_to_image",
     "tournament",
     "train_dpo",

@@ -1,0 +1,101 @@
+"""Step caching on the real host: ours, core's EasyCache, and a block patch of another pack on our MODEL."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import block_patch_pack
+import pytest
+import torch
+from host_graph import Graph, difference
+
+pytestmark = pytest.mark.host
+
+MANY = 20  # steps: enough for neighbours to be alike
+
+
+@pytest.fixture(scope="module")
+def server(start_comfyui):
+    """A ComfyUI with another pack's block patch; hides the server of the other tests."""
+    with start_comfyui(Path(block_patch_pack.__file__)) as server:
+        yield server
+
+
+def cached(graph, model=None, **settings):
+    values = {"threshold": 0.2, "start": 1.0, "end": 0.0, "max_skips": 3} | settings
+    return graph.add("ErnieStepCache", model=model or graph.model, **values)
+
+
+def reported(log):
+    """(left out, of) of each run with our cache."""
+    return [(int(a), int(b)) for a, b in re.findall(r"Step Cache \(ERNIE\): (\d+) of (\d+) evaluations", log)]
+
+
+def test_threshold_0_changes_nothing(latents, new_log):
+    graph = Graph()
+    plain, none = latents(graph, graph.ernie_sampler(), graph.ernie_sampler(model=cached(graph, threshold=0.0)))
+    assert torch.equal(plain, none)
+    assert reported(new_log()) == []
+
+
+def test_evaluations_are_left_out_and_counted(latents, new_log):
+    graph = Graph()
+    plain, fast = latents(graph, graph.ernie_sampler(steps=MANY), graph.ernie_sampler(steps=MANY, model=cached(graph)))
+    ((left_out, total),) = reported(new_log())
+    assert total == 2 * MANY
+    assert 0 < left_out < total
+    assert 0 < difference(plain, fast) < 0.5
+
+
+def test_core_samplers_leave_out_the_same(latents, new_log):
+    graph = Graph()
+    model = cached(graph)
+    ours, core = latents(graph, graph.ernie_sampler(steps=MANY, model=model), graph.ksampler(steps=MANY, model=model))
+    first, second = reported(new_log())
+    assert first == second
+    assert difference(ours, core) < 2e-3
+
+
+def test_with_reduced_depth_and_skip_layer_guidance(latents, new_log):
+    """The pass without some blocks asks the same prompt again and has a cache of its own."""
+    graph = Graph()
+    depth = graph.add("ErnieReducedDepth", model=graph.model, blocks=1)
+    guided = graph.add("ErnieSkipLayerGuidance", model=depth, scale=1.0, blocks="2", start=1.0, end=0.0)
+    plain, fast = latents(
+        graph,
+        graph.ernie_sampler(steps=MANY, model=guided),
+        graph.ernie_sampler(steps=MANY, model=cached(graph, model=guided)),
+    )
+    ((left_out, total),) = reported(new_log())
+    assert total == 3 * MANY
+    assert 0 < left_out < total
+    assert 0 < difference(plain, fast) < 0.5
+
+
+def test_cores_easy_cache_leaves_steps_out_of_our_model(latents, new_log, need):
+    need("EasyCache")
+    graph = Graph()
+    easy = graph.add(
+        "EasyCache", model=graph.model, reuse_threshold=0.3, start_percent=0.15, end_percent=0.95, verbose=False
+    )
+    plain, fast = latents(graph, graph.ernie_sampler(steps=MANY), graph.ernie_sampler(steps=MANY, model=easy))
+    ((left_out, total),) = re.findall(r"EasyCache - skipped (\d+)/(\d+) steps", new_log())
+    assert int(total) == MANY
+    assert 0 < int(left_out) < MANY
+    assert 0 < difference(plain, fast) < 0.5
+
+
+@pytest.mark.parametrize("with_cache", [False, True], ids=["alone", "with our cache"])
+def test_a_block_patch_of_another_pack_acts_on_our_model(with_cache, latents, new_log):
+    graph = Graph()
+    patched = graph.add("LeaveBlockOut", model=graph.model, block=1)
+    plain, found = latents(
+        graph,
+        graph.ernie_sampler(),
+        graph.ernie_sampler(model=cached(graph, model=patched) if with_cache else patched),
+    )
+    calls = re.findall(r"block patch: call (\d+), (left out|run)", new_log())
+    assert len(calls) >= 5  # cond and uncond in one batch or apart, by the host's memory
+    assert {what for _, what in calls} == {"left out", "run"}
+    assert difference(plain, found) > 1e-3
