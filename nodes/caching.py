@@ -25,7 +25,8 @@ class ErnieStepCache(io.ComfyNode):
                     step=0.01,
                     round=0.0001,
                     tooltip="How much the first block's addition may have changed since the last whole evaluation, "
-                    "as a share of it, 0 to 1. Higher leaves more out and follows the picture less. 0 (neutral) = nothing.",
+                    "as a share of it, 0 to 1. Higher leaves more out and follows the picture less. 0 (neutral) = "
+                    "nothing.",
                 ),
                 io.Float.Input(
                     "start",
