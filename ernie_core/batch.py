@@ -8,6 +8,7 @@ stopped and nothing is made twice. Files are never overwritten: the hash is part
 from __future__ import annotations
 
 import csv
+import glob
 import hashlib
 import io
 import json
@@ -114,6 +115,9 @@ _COLUMNS: dict[str, Callable[[Any], Any]] = {
 }
 
 
+_OF_THE_PICTURE = ("hash", "file", "pixels", "label")  # what an entry of a manifest says besides the row's settings
+
+
 def read_rows(
     source: str, defaults: Row, *, folder: Path | None = None, count_seeds: bool = True
 ) -> tuple[list[Row], list[Problem]]:
@@ -121,7 +125,8 @@ def read_rows(
 
     Args:
         source: one prompt per line; or the path of a .txt (one prompt per line), .csv (header with `prompt`) or .jsonl
-            file (one object per line); or a folder of such files. A relative path is looked up in `folder`.
+            file (one object per line); or a folder of such files; or the folder of an earlier run, whose prompts, seeds
+            and settings are taken from its manifest. A relative path is looked up in `folder`.
         defaults: values for what a row leaves out; a row without a seed gets the default seed + its place in the list.
         folder: where relative paths start.
         count_seeds: False = a row without a seed gets the default seed itself.
@@ -163,6 +168,10 @@ def _iter_values(source: str, path: Path | None, problems: list[Problem]) -> Ite
         yield from _iter_text(source, "")
     elif path.is_file():
         yield from _iter_file(path, "", problems)
+    elif (path / MANIFEST).is_file():  # the folder of a run: its pictures, again
+        for number, entry in enumerate(read_entries(path), start=1):
+            # settings that no column can hold stay, so that the row is refused rather than painted without them
+            yield f"picture {number}", {k: v for k, v in entry.items() if k not in _OF_THE_PICTURE}
     else:
         files = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES)
         if not files:
@@ -336,15 +345,47 @@ def run_folder(output: Path, name: str) -> Path:
     return folder
 
 
-def fingerprint(source: str, name: str, *, inputs: Path, output: Path) -> list[tuple[str, int, int]]:
-    """(path, size, time) of the prompt files and of everything in the run's folder: equal means nothing to do."""
+def name_run(name: str, made_with: str) -> str:
+    """The name of a run's folder: with eight hex digits of what made it, so that two models never share a folder.
+
+    `made_with` "" changes nothing; the path of a file stands for its content.
+
+    Raises:
+        ErnieError: the file cannot be read.
+    """
+    text = made_with.strip()
+    if not text or not name.strip():
+        return name
+    path = Path(text)
     try:
-        path = _as_path(source, inputs)
+        content = path.read_bytes() if len(text) < 4096 and path.is_file() else text.encode()
+    except OSError as e:
+        raise ErnieError(f"made_with: {path} cannot be read ({e.strerror or e}).") from e
+    return f"{name.strip()}_{hashlib.sha256(content).hexdigest()[:8]}"
+
+
+def fingerprint(
+    source: str | None, name: str | None, *, inputs: Path, output: Path, made_with: str | None = ""
+) -> list[tuple[str, int, int]]:
+    """(path, size, time) of the prompt files and of everything in the run's folder: equal means nothing to do.
+
+    None is what a host says of a text that is linked: it is not known before the run. Then all folders that it may
+    lead to are looked at.
+    """
+    try:
+        path = _as_path(source or "", inputs)
     except ErnieError:
         path = None  # the run itself reports it
     read = [] if path is None else [path] if path.is_file() else sorted(path.iterdir())
-    folder = output / name.strip()
-    made = sorted(folder.iterdir()) if folder.is_dir() else []
+    plain = output / (name or "").strip()
+    if made_with is None:
+        folders = sorted(plain.parent.glob(f"{glob.escape(plain.name)}_????????"))
+    else:
+        try:
+            folders = [output / name_run(name or "", made_with).strip()]
+        except ErnieError:
+            folders = []  # the run itself reports it
+    made = [path for folder in folders if folder.is_dir() for path in sorted(folder.iterdir())]
     return [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in (*read, *made) if p.is_file()]
 
 
@@ -367,6 +408,12 @@ def read_manifest_entries(folder: Path) -> list[dict[str, Any]]:
             continue
         entries.append(entry)
     return entries
+
+
+def read_entries(folder: Path) -> list[dict[str, Any]]:
+    """The manifest's entries of pictures that are still there, each file once."""
+    entries = {entry["file"]: entry for entry in read_manifest_entries(folder)}
+    return [entry for file, entry in entries.items() if (folder / file).is_file()]
 
 
 def append_manifest(folder: Path, row: Row, file: str) -> None:

@@ -45,6 +45,7 @@ class ErnieExtension(ComfyExtension):
         from .tournament import ErniePairsFromScores, ErnieTournament
         from .training import ErniePreflight, ErnieReducedDepth, ErnieTrain, ErnieTrainingReport
         from .wildcards import ErnieWildcards
+        from .win_rate import ErnieChoosePairs, ErnieWinRate
 
         return [
             ErnieLoadImageModel,
@@ -88,6 +89,8 @@ class ErnieExtension(ComfyExtension):
             ErnieScoreReport,
             ErnieTournament,
             ErniePairsFromScores,
+            ErnieChoosePairs,
+            ErnieWinRate,
             ErnieAestheticBenchmark,
             ErniePromptBenchmark,
             ErnieHardwareAdviser,

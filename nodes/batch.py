@@ -54,10 +54,9 @@ class ErnieBatchFromPrompts(io.ComfyNode):
                     multiline=True,
                     default="",
                     tooltip="One prompt per line (# starts a comment); or the path of a .txt, .csv or .jsonl file, "
-                    "or of a "
-                    "folder of them. csv and jsonl may have the columns prompt, negative, seed, width, height, "
-                    "steps, cfg, "
-                    "shift. Relative paths start in ComfyUI's input folder.",
+                    "or of a folder of them. csv and jsonl may have the columns prompt, negative, seed, width, height, "
+                    "steps, cfg, shift. The folder of an earlier run: its pictures again, same prompts, seeds and "
+                    "settings. Relative paths start in ComfyUI's input folder.",
                 ),
                 io.String.Input(
                     "name",
@@ -100,6 +99,14 @@ class ErnieBatchFromPrompts(io.ComfyNode):
                     optional=True,
                 ),
                 remake_input(),
+                io.String.Input(
+                    "made_with",
+                    default="",
+                    tooltip="What else makes the pictures, such as lora_path of Train: the folder's name gets a number "
+                    "of it (of the file's content, where it is a file), so that another LoRA paints into another "
+                    "folder. Empty (neutral): name alone.",
+                    optional=True,
+                ),
             ],
             outputs=[
                 io.Image.Output(
@@ -110,32 +117,39 @@ class ErnieBatchFromPrompts(io.ComfyNode):
                 io.String.Output(
                     display_name="report", tooltip="How many were made and kept, and which rows failed why."
                 ),
+                io.String.Output(
+                    display_name="folder", tooltip="Path of the run's folder, for Tournament, Score Images, Win Rate."
+                ),
             ],
             hidden=[io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.extra_pnginfo],
         )
 
     @classmethod
-    def fingerprint_inputs(cls, source: str, name: str, wildcards: bool = False, **others) -> list:
+    def fingerprint_inputs(cls, source, name, wildcards: bool = False, made_with: str | None = "", **others) -> list:
         """Changes with the files read and with what lies in the folder, so that a deleted picture is made again."""
         from ..ernie_core.batch import fingerprint
 
-        state = fingerprint(source, name, inputs=host.input_folder(), output=host.output_folder())
+        places = {"inputs": host.input_folder(), "output": host.output_folder()}
+        state = fingerprint(source, name, made_with=made_with, **places)
         return [*state, *(find_wildcards().state() if wildcards else [])]
 
     @classmethod
     def execute(
-        cls, model, clip, vae, source, name, collect, seed, wildcards=False, variations=1, remake=0, **settings
-    ) -> io.NodeOutput:
-        from ..ernie_core.batch import read_image, read_rows, vary_rows
+        cls, model, clip, vae, source, name, collect, seed, wildcards=False, variations=1, remake=0, made_with="",
+        **settings,
+    ) -> io.NodeOutput:  # fmt: skip
+        from ..ernie_core.batch import name_run, read_image, read_rows, run_folder, vary_rows
 
-        studio = Studio(models=[model], clip=clip, vae=vae, hidden=cls.hidden)
+        studio = Studio(models=[model], clip=clip, vae=vae, hidden=cls.hidden, made_with=made_with)
+        name = name_run(name, made_with)
+        folder = str(run_folder(host.output_folder(), name))
         if remake:
             image, report = remake_row(name, remake, studio)
-            return io.NodeOutput([image], report, ui={"text": [report]})
+            return io.NodeOutput([image], report, folder, ui={"text": [report]})
         rows, problems = read_rows(source, default_row(seed=seed, **settings), folder=host.input_folder())
         choices = find_wildcards() if wildcards else None
         rows, more = vary_rows(rows, variations=variations, wildcards=choices, seed=seed)
         result = run_rows(rows, name, studio)
         images = [read_image(path)[None] for path in result.files] if collect else []
         report = result.report([*problems, *more])
-        return io.NodeOutput(images, report, ui={"text": [report]})
+        return io.NodeOutput(images, report, folder, ui={"text": [report]})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from comfy_api.latest import io
@@ -27,6 +28,8 @@ class Studio:
     hidden: Any
     enhancer: Any = None
     max_new_tokens: int = 2048
+    made_with: str = ""
+    """What the user says that the connected models were made with, such as the path of a LoRA; goes into pictures."""
     _key: tuple = ()
     _model: Any = None
     _written: dict[tuple, str] = field(default_factory=dict)
@@ -95,6 +98,8 @@ class Studio:
         from ..ernie_core.batch import row_entries
 
         entries = row_entries(row) | ({"enhanced": self.write(row)} if row.enhance else {})
+        if self.made_with.strip():  # of a path its last part: pictures are passed on, and say nothing of this machine
+            entries["made_with"] = Path(self.made_with.strip()).name
         self._save_png(image, path, {f"ernie_{name}": value for name, value in entries.items()})
 
     def save_sheet(self, image, path) -> None:

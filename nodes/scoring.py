@@ -351,6 +351,7 @@ class ErnieBestOfN(io.ComfyNode):
                 io.String.Output(
                     display_name="report", tooltip="What was made and kept, best score and mean per prompt."
                 ),
+                io.String.Output(display_name="folder", tooltip="Path of the run's folder: the kept pictures."),
             ],
             hidden=[io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.extra_pnginfo],
         )
@@ -383,7 +384,7 @@ class ErnieBestOfN(io.ComfyNode):
         )
         images = [read_image(Path(file))[None] for file in result.kept.files]
         report = "\n".join([*best_lines(result), f"in {folder}", *(str(p) for p in problems)])
-        return io.NodeOutput(images, result.kept, result.candidates, report, ui={"text": [report]})
+        return io.NodeOutput(images, result.kept, result.candidates, report, str(folder), ui={"text": [report]})
 
 
 class ErnieScoreReport(io.ComfyNode):
@@ -563,8 +564,19 @@ def reporter(node_id: str | None, total: int, name: str):
 def check_match(scores, pictures: list) -> None:
     if pictures and len(pictures) != len(scores):
         raise ErnieError(f"images must be the {len(scores)} scored pictures, got {len(pictures)}.")
-    if not pictures and not all(scores.files):
+    if not pictures:
+        check_files(scores)
+
+
+def check_files(scores) -> None:
+    """Raise unless every picture behind the scores is a file."""
+    missing = sum(not file for file in scores.files)
+    if missing == len(scores):
         raise ErnieError("these scores name no files: connect the scored pictures to images as well.")
+    if missing:
+        raise ErnieError(
+            f"{missing} of {len(scores)} scored pictures were deleted: set rejected of Best of N to keep and run again."
+        )
 
 
 def read_picture(scores, pictures: list, place: int):

@@ -17,6 +17,7 @@ from comfy_api.latest import io
 from ..ernie_core.errors import ErnieError
 from . import host
 from .dataset import ADVANCED, Pairs, on_progress, show
+from .scoring import check_files
 
 if TYPE_CHECKING:
     from ..ernie_core.scoring.judgments import Progress, Ranked, Setup
@@ -191,6 +192,14 @@ class ErnieTournament(io.ComfyNode):
                     optional=True,
                     tooltip="Pairs whose better one is known: they are asked first, and who fails cannot go on.",
                 ),
+                io.String.Input(
+                    "folder_2",
+                    default="",
+                    optional=True,
+                    force_input=True,
+                    tooltip="A second folder whose pictures meet those of the first, such as before and after "
+                    "training. Not read when images are connected.",
+                ),
             ],
             outputs=[
                 io.Image.Output(
@@ -208,25 +217,26 @@ class ErnieTournament(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, name: str | None = "", folder: str | None = "", **others) -> str:
+    def fingerprint_inputs(cls, name: str | None = "", folder: str | None = "", folder_2=None, **others) -> str:
         """Changes with every answer, and with the files of the folder. What is linked comes as None."""
         from ..ernie_core.scoring import judgments
 
         with judgments.open_store(store_path()) as store:
             answers = judgments.fingerprint(store, None if name is None else name.strip())
-        return f"{answers} {folder_stamp(folder or '')}"
+        return f"{answers} {folder_stamp(folder or '')} {folder_stamp(folder_2 or '')}"
 
     @classmethod
     def execute(
         cls, name, annotator, folder, prompts, rounds, meet, until_complete, result, top_k, pairs_from, min_gap,
         max_per_prompt, save_pairs, question, repeat_share, pass_share, order_seed, images=None, calibration=None,
+        folder_2=None,
     ) -> io.NodeOutput:  # fmt: skip
         from ..ernie_core.scoring import judgments
 
         setup = judgments.Setup(
             name=name.strip(),
             annotator=annotator.strip(),
-            pictures=collect(images, folder, name, prompts, (cls.hidden.prompt, cls.hidden.extra_pnginfo)),
+            pictures=collect(images, (folder, folder_2), name, prompts, (cls.hidden.prompt, cls.hidden.extra_pnginfo)),
             rounds=rounds,
             question=question.strip() or QUESTION,
             seed=order_seed,
@@ -297,8 +307,8 @@ def store_path() -> Path:
     return host.user_folder() / "judgments.sqlite"
 
 
-def collect(images, folder: str, name: str, prompts: str, metadata: tuple[Any, Any]) -> tuple:
-    """The tournament's `Picture`s, from the graph or from a folder."""
+def collect(images, folders: tuple[str, str | None], name: str, prompts: str, metadata: tuple[Any, Any]) -> tuple:
+    """The tournament's `Picture`s, from the graph or from one folder or two."""
     from ..ernie_core.batch import run_folder
     from ..ernie_core.scoring.judgments import Picture
     from ..ernie_core.scoring.pairs import read_prompt
@@ -307,13 +317,17 @@ def collect(images, folder: str, name: str, prompts: str, metadata: tuple[Any, A
         kept = run_folder(host.output_folder() / "ernie_tournaments", name) / "pictures"
         files = keep_images(images, kept, metadata)
     else:
-        files = list_pictures(find_folder(folder))
+        given = [folders[0], *(folder for folder in folders[1:] if folder)]
+        files = [file for folder in given for file in list_pictures(find_folder(folder))]
     lines = [line.strip() for line in prompts.splitlines() if line.strip()]
     if len(lines) not in (0, 1, len(files)):
         raise ErnieError(f"{len(files)} pictures need 1 or {len(files)} prompts, one per line; got {len(lines)}.")
     # Files of the graph hold the graph that made them, not always the picture's own prompt.
     found = lines * len(files) if len(lines) == 1 else lines or [read_prompt(file) for file in files]
-    return tuple(Picture(path=str(f), label=f.name, prompt=p) for f, p in zip(files, found, strict=True))
+    several = len({file.parent for file in files}) > 1
+    labels = [f"{file.parent.name}/{file.name}" if several else file.name for file in files]
+    named = zip(files, labels, found, strict=True)
+    return tuple(Picture(path=str(file), label=label, prompt=text) for file, label, text in named)
 
 
 def keep_images(images, folder: Path, metadata: tuple[Any, Any]) -> list[Path]:
@@ -390,10 +404,9 @@ def valued(scores, images, folder: Path, metadata: tuple[Any, Any]) -> list:
                 f"images and scores must be of the same pictures, got {len(images)} and {len(scores.values)}."
             )
         files = keep_images(images, folder, metadata)
-    elif all(scores.files):
-        files = [Path(file) for file in scores.files]
     else:
-        raise ErnieError("these scores name no files: connect the scored pictures to images as well.")
+        check_files(scores)
+        files = [Path(file) for file in scores.files]
     sign = 1.0 if scores.higher_is_better else -1.0
     told = zip(files, scores.values, scores.prompts, strict=True)
     return [Valued(path=file, value=sign * value, prompt=prompt) for file, value, prompt in told]

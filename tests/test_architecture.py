@@ -50,7 +50,7 @@ LEVELS = [
     {"scoring.network", "scoring.streaming"},
     {"scoring.ernie_aes", "scoring.clip_based", "scoring.blip_based", "scoring.tournament"},
     {"scoring.judgments", "scoring.pairs", "scoring.loading", "scoring.benchmark"},
-    {"scoring.files", "scoring.best_of", "scoring.report"},
+    {"scoring.files", "scoring.best_of", "scoring.report", "scoring.win_rate"},
     {"cli"},
 ]
 

@@ -39,6 +39,7 @@ _SETTINGS = {
     "height": "height",
     "model": "model",
 }
+ENTRY = "ernie_"  # what our own nodes write into a picture begins with it
 _TEXTS = ("text", "prompt", "string", "value")
 MAX_LINKS = 50  # steps from node to node in which a value is looked for
 
@@ -225,9 +226,13 @@ def read_settings(path: Path) -> dict[str, Any]:
             texts = {str(k): v for k, v in image.info.items() if isinstance(v, str)}
     except (OSError, SyntaxError, ValueError):
         return {}
+    ours = {k.removeprefix(ENTRY): v for k, v in texts.items() if k.startswith(ENTRY)}
+    row = {k: ours[k] for k in ("prompt", "negative", "made_with") if ours.get(k)} | _settings(ours)
     graph = _parse_graph(texts.get("prompt", ""))
-    if graph is not None:
-        return _settings_of_graph(graph)
+    if graph is not None:  # a batch's graph holds the settings of no picture in particular: its own go before
+        return _settings_of_graph(graph) | row
+    if row:
+        return row
     if "parameters" in texts:
         return _settings_of_parameters(texts["parameters"])
     own = {k: texts[k] for k in ("prompt", "negative") if texts.get(k)}

@@ -20,13 +20,12 @@ import comfyui_server
 import pytest
 from small_data import write_pairs, write_pictures
 from small_runs import ROOT
+from tournament_page import OPEN, PANEL, open_by_command, wait_for_question
 
 pytestmark = pytest.mark.host
 
 COUNT, ROUNDS = 6, 3
 JUDGMENTS = COUNT // 2 * ROUNDS
-OPEN = "() => (window.comfyAPI?.app?.app ?? window.app).extensionManager.command.execute('Ernie.Tournament.Open')"
-PANEL = "#ernie-tournament"
 
 
 class Place:
@@ -93,22 +92,6 @@ def workflow(tmp_path_factory) -> Path:
 @pytest.fixture
 def shot(browser, pictures_folder):
     return lambda name: browser.page.screenshot(path=str(pictures_folder / f"tournament_{name}.png"))
-
-
-def wait_for_question(page, *, not_: str | None = None) -> str:
-    """The id of the question whose pictures can be seen."""
-    page.wait_for_function(
-        "(was) => { const p = document.querySelector('#ernie-tournament');"
-        " return p?.dataset.ready === 'true' && p.dataset.question && p.dataset.question !== was }",
-        arg=not_,
-        timeout=30_000,
-    )
-    return page.evaluate("() => document.querySelector('#ernie-tournament').dataset.question")
-
-
-def open_by_command(page, name="cats") -> None:
-    page.evaluate(OPEN)
-    page.locator(f"{PANEL} .list button", has_text=re.compile(f"^{name}")).first.click()
 
 
 def click_node_button(page) -> None:

@@ -44,7 +44,9 @@ def test_it_runs(path, server, api_workflows):
     made = saved_pictures(small)
     if any(node["class_type"] in ("ErnieBatchFromPrompts", "ErnieBestOfN") for node in small.values()):
         folder = server.base / "output" / "ERNIE" / path.stem
-        files = [{"filename": p.name, "subfolder": f"ERNIE/{path.stem}"} for p in sorted(folder.glob("*.png"))]
+        root = server.base / "output"
+        found = [p.relative_to(root) for p in sorted(folder.rglob("*.png"))]
+        files = [{"filename": p.name, "subfolder": p.parent.as_posix()} for p in found]
     assert len(files) == made
     for file in files:
         check_picture(server.picture(file))

@@ -567,7 +567,7 @@ def batch(node, loaded):
         widgets = {"name": "run", "negative": "", "width": 32, "height": 32, "preset": "custom", "steps": 1}
         widgets |= {"cfg": 1.0, "shift": 4.0, "seed": 1, "collect": True}
         sockets = {name: loaded[name] for name in ("model", "clip", "vae")}
-        return node("ErnieBatchFromPrompts", **sockets, source=source, **(widgets | changes))
+        return node("ErnieBatchFromPrompts", **sockets, source=source, **(widgets | changes))[:2]
 
     return call
 

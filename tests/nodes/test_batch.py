@@ -23,7 +23,7 @@ def samples(recording) -> list:
 
 
 def test_each_row_is_sampled_with_its_own_seed(run, recording):
-    images, report = batch(run).result
+    images, report, _ = batch(run).result
     assert [(call[1], call[6]) for call in samples(recording)] == [([["one", {}]], 10), ([["two", {}]], 11)]
     assert len(images) == 2
     assert images[0].shape == (1, 3, 2, 3)
@@ -50,7 +50,7 @@ def test_columns_override_the_widgets(run, recording, tmp_path):
 def test_an_unreadable_row_is_reported_and_the_others_are_made(run, recording, tmp_path):
     (tmp_path / "input").mkdir()
     (tmp_path / "input" / "list.jsonl").write_text('{"prompt": "red"}\n{broken\n{"prompt": "blue"}')
-    images, report = batch(run, source="list.jsonl").result
+    images, report, _ = batch(run, source="list.jsonl").result
     assert len(images) == 2
     assert "row 2: is not JSON" in report
 
@@ -64,7 +64,7 @@ def test_pictures_carry_their_settings(run, recording):
 
 
 def test_collect_off_returns_no_pictures(run, recording):
-    images, _ = batch(run, collect=False).result
+    images, _, _ = batch(run, collect=False).result
     assert images == []
 
 
@@ -98,7 +98,7 @@ def test_braces_are_plain_text_until_wildcards_is_on(run, recording, tmp_path):
 
 def test_variations_count_seeds_up_and_choose_anew(run, recording, tmp_path):
     write_colours(tmp_path)
-    _, report = batch(run, source="a __colours__ fox\n{broken", wildcards=True, variations=6).result
+    _, report, _ = batch(run, source="a __colours__ fox\n{broken", wildcards=True, variations=6).result
     found = [(call[1][0][0], call[6]) for call in samples(recording)]
     assert [seed for _, seed in found] == list(range(10, 16))
     assert {text for text, _ in found} == {"a red fox", "a blue fox"}
@@ -110,7 +110,7 @@ def test_the_same_choices_are_made_again(run, recording, tmp_path):
     write_colours(tmp_path)
     batch(run, source="a __colours__ fox", wildcards=True, variations=6)
     recording.calls.clear()
-    _, report = batch(run, source="a __colours__ fox", wildcards=True, variations=6).result
+    _, report, _ = batch(run, source="a __colours__ fox", wildcards=True, variations=6).result
     assert not samples(recording)
     assert report.startswith("0 made, 6 already there")
 

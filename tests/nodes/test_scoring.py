@@ -63,7 +63,7 @@ def classes(session):
 def call(classes):
     def run(node_id, **inputs):
         clone = classes[node_id].PREPARE_CLASS_CLONE({"hidden_inputs": {}})
-        output = clone.EXECUTE_NORMALIZED(**DEFAULTS[node_id] | inputs)
+        output = clone.EXECUTE_NORMALIZED(**DEFAULTS.get(node_id, {}) | inputs)
         return SimpleNamespace(result=output.result, ui=output.ui)
 
     return run
@@ -304,7 +304,7 @@ def parts(call, classes):
 
 def test_best_of_n_keeps_the_best_and_goes_on(call, parts, session):
     inputs = parts | {"source": "a fox\na boat", "n": 3, "keep": 2}
-    images, kept, candidates, report = call("ErnieBestOfN", **inputs).result
+    images, kept, candidates, report, _ = call("ErnieBestOfN", **inputs).result
     out = session.output / "best"
     assert len(images) == len(kept) == len(list(out.glob("*.png"))) == 4
     assert len(candidates) == 6
@@ -323,7 +323,7 @@ def test_best_of_n_keeps_the_best_and_goes_on(call, parts, session):
 
 
 def test_a_candidate_is_the_picture_of_its_seed(call, parts, classes):
-    _, kept, _, _ = call("ErnieBestOfN", **parts, n=1).result
+    _, kept, _, _, _ = call("ErnieBestOfN", **parts, n=1).result
     latent = host.sample(
         parts["model"],
         positive=host.encode_prompt(parts["clip"], "a fox"),
@@ -338,16 +338,44 @@ def test_a_candidate_is_the_picture_of_its_seed(call, parts, classes):
         assert np.abs(np.asarray(image) / 255 - expected.numpy()).max() < 1 / 254
 
 
+PAIRS = {"name": "loop", "rule": "best against worst", "min_gap": 0.0, "max_per_prompt": 0, "save_pairs": False}
+
+
 def test_rejected_candidates_become_pairs(call, parts, session):
-    _, _, candidates, _ = call("ErnieBestOfN", **parts, rejected="keep").result
+    _, _, candidates, _, _ = call("ErnieBestOfN", **parts, rejected="keep").result
     assert all(candidates.files)
     assert len(list((session.output / "best" / "rejected").glob("*.png"))) == 2
+    order = candidates.order()
+    made, told = call("ErniePairsFromScores", **PAIRS | {"scores": candidates, "save_pairs": True}).result
+    (pair,) = made.pairs
+    assert (str(pair.chosen.image), str(pair.rejected.image)) == tuple(candidates.files[order[i]] for i in (0, -1))
+    assert pair.rejected.image.parent.name == "rejected"
+    assert pair.captions[0].text == "a fox"
+    assert pair.margin == pytest.approx(candidates.values[order[0]] - candidates.values[order[-1]])
+    assert "pairs.jsonl" in told
+    table = session.output / "ernie_pairs" / "loop" / "pairs.jsonl"
+    seeds = {side: info["seed"] for side, info in json.loads(table.read_text("utf-8"))["info"].items()}
+    labels = [candidates.labels[order[i]] for i in (0, -1)]
+    assert [f"seed {seeds[side]}" for side in ("chosen", "rejected")] == labels, "each picture's own, not the graph's"
+
+
+def test_every_pair_of_the_candidates_of_each_prompt(call, parts):
+    candidates = call("ErnieBestOfN", **parts | {"source": "a fox\na boat"}, rejected="keep").result[2]
+    pairs = call("ErniePairsFromScores", **PAIRS | {"scores": candidates, "rule": "every pair"}).result[0].pairs
+    assert sorted(p.captions[0].text for p in pairs) == ["a boat"] * 3 + ["a fox"] * 3
+    assert all(p.margin > 0 for p in pairs)
+
+
+def test_pairs_need_the_rejected_ones(call, parts):
+    candidates = call("ErnieBestOfN", **parts).result[2]
+    with pytest.raises(ErnieError, match="2 of 3 scored pictures were deleted: set rejected of Best of N to keep"):
+        call("ErniePairsFromScores", **PAIRS | {"scores": candidates})
 
 
 def test_reranking_as_ernie_vilg_2_does(call, parts, session):
     clip_scorer = call("ErnieLoadScorer", scorer_name="clip_vision/clip/").result[0]
     inputs = parts | {"scorer": clip_scorer, "choice": "rerank 4, keep 1", "n": 2, "keep": 2}
-    images, kept, candidates, _ = call("ErnieBestOfN", **inputs).result
+    images, kept, candidates, _, _ = call("ErnieBestOfN", **inputs).result
     assert (len(images), len(candidates)) == (1, 4)
     assert kept.values[0] == max(candidates.values)
 

@@ -118,6 +118,18 @@ def test_it_waits_says_how_much_is_left_and_then_gives_everything(tournament, an
     assert last["pairs"].pairs[0].captions[0].text == "a cat"
 
 
+def test_two_folders_meet(tournament, answer_all, folder):
+    write_pictures(folder.parent / "dogs", count=2, captions=False)
+    assert tournament(folder_2="dogs", rounds=1)["ui"]["ernie_tournament"][0]["num_pictures"] == 8
+    answer_all()
+    labels = {row["image"] for row in csv.DictReader(io.StringIO(tournament(folder_2="dogs", rounds=1)["ranking"]))}
+    assert labels == {f"cats/{i:02}.png" for i in range(6)} | {f"dogs/{i:02}.png" for i in range(2)}
+    with pytest.raises(ErnieError, match="one of them is given twice"):
+        tournament(name="twice", folder_2="cats")
+    with pytest.raises(ErnieError, match="got 'nowhere'"):
+        tournament(name="lost", folder_2="nowhere")
+
+
 def test_current_standing_does_not_wait(tournament, answer_all):
     tournament()
     answer_all(count=3)

@@ -73,7 +73,7 @@ WIDGETS = [
     *[("ErnieSkipLayerGuidance", w) for w in ("scale", "blocks", "start", "end")],
     *[("ErnieBatchFromPrompts", w) for w in ("source", "name", "negative", "width", "height", "preset", "steps")],
     *[("ErnieBatchFromPrompts", w) for w in ("cfg", "shift", "seed", "collect", "wildcards")],
-    *[("ErnieBatchFromPrompts", w) for w in ("variations", "remake")],
+    *[("ErnieBatchFromPrompts", w) for w in ("variations", "remake", "made_with")],
     *[("ErnieWildcards", w) for w in ("text", "seed", "row", "folder")],
     *[("ErnieLoadImageModel", w) for w in ("weight_dtype", "rope", "load_enhancer")],
     *[("ErnieDatasetFolder", w) for w in ("path", "format", "trigger", "caption_dropout", "missing_caption")],
@@ -179,6 +179,12 @@ def test_no_widget_is_left_out_above(node_classes, recording):
     elsewhere |= {  # all of these in test_tournament.py, with a real store
         (node_id, item.id)
         for node_id in ("ErnieTournament", "ErniePairsFromScores")
+        for item in node_classes[node_id].GET_SCHEMA().inputs
+        if item.get_io_type() in ("COMBO", "BOOLEAN", "STRING", "INT", "FLOAT")
+    }
+    elsewhere |= {  # all of these in test_win_rate.py, with painted folders
+        (node_id, item.id)
+        for node_id in ("ErnieChoosePairs", "ErnieWinRate")
         for item in node_classes[node_id].GET_SCHEMA().inputs
         if item.get_io_type() in ("COMBO", "BOOLEAN", "STRING", "INT", "FLOAT")
     }

@@ -38,6 +38,8 @@ def shrink(prompt: dict, *, side_px: int, steps: int) -> dict:
             inputs |= {"rank": 2, "resolution": str(side_px), "precision": "fp32", "save_every": steps}
             inputs |= {"sample_width": side_px, "sample_height": side_px, "sample_every": 0}
             inputs["settings"] = f"[samples]\nbase_steps = {steps}"
+        if node["class_type"] == "ErnieChoosePairs":
+            inputs["source"] = "scorer"  # nobody is there to answer the tournament
         if node["class_type"] == "ErnieTrain":
             inputs["process"] = "this one"  # the worker's start alone takes longer than such a run
     return small
@@ -56,12 +58,18 @@ def write_inputs(folder: Path) -> None:
 def saved_pictures(prompt: dict) -> int:
     """How many pictures a run of one of our workflows writes into the output folder."""
     count = sum(node["class_type"] == "SaveImage" for node in prompt.values())
+    makers = ("ErnieBatchFromPrompts", "ErnieBestOfN")
     for node in prompt.values():
         if node["class_type"] == "ErnieXYGrid":
             values = [node["inputs"][f"{letter}_values"] for letter in "xyz"]
             count += math.prod(len(text.split(",")) for text in values if text)
-        if node["class_type"] in ("ErnieBatchFromPrompts", "ErnieBestOfN"):
-            lines = node["inputs"]["source"].splitlines()
-            prompts = sum(bool(line.strip()) and not line.startswith("#") for line in lines)
-            count += prompts * node["inputs"].get("keep", 1) * node["inputs"].get("variations", 1)
-    return count
+    return count + sum(made_by(prompt, n) for n, node in prompt.items() if node["class_type"] in makers)
+
+
+def made_by(prompt: dict, node_id: str) -> int:
+    """How many pictures a batch makes: of its prompts, or as many as the batch whose folder is its source."""
+    inputs = prompt[node_id]["inputs"]
+    if isinstance(inputs["source"], list):
+        return made_by(prompt, inputs["source"][0])
+    prompts = sum(bool(line.strip()) and not line.startswith("#") for line in inputs["source"].splitlines())
+    return prompts * inputs.get("keep", 1) * inputs.get("variations", 1)

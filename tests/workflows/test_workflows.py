@@ -22,6 +22,7 @@ NAMES = [
     "lora_report",
     "lora_stack",
     "mixed_with_core_nodes",
+    "preference_loop",
     "score_folder",
     "step_cache",
     "text_to_image",
