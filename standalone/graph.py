@@ -621,6 +621,7 @@ class _Run:
         self.around = around or (lambda *_: contextlib.nullcontext())
         self.links = needed_nodes(workflow.prompt, classes)
         self.outputs: dict[str, list[list]] = {}
+        self.asked: dict[str, set[str]] = {}  # node -> lazy inputs that it got; others it does not see, as in ComfyUI
         self.waiting = {n: sum(n in links for links in self.links.values()) for n in self.links}
 
     def compute(self, node_id: str) -> None:
@@ -634,8 +635,9 @@ class _Run:
             if is_link(value) and name not in lazy:
                 self.compute(str(value[0]))
         while asked := self._ask_lazy(node_id, cls, lazy):
-            for origin in asked:
-                self.compute(origin)
+            for name in asked:
+                self.compute(str(node["inputs"][name][0]))
+            self.asked.setdefault(node_id, set()).update(asked)
         with self.around(node_id, _title(node)):
             self.outputs[node_id] = self._execute(node_id, cls)
         self.result.finished.append(node_id)
@@ -645,18 +647,18 @@ class _Run:
                 self.outputs.pop(origin, None)
 
     def _ask_lazy(self, node_id: str, cls: Any, lazy: set[str]) -> list[str]:
-        """Return the nodes behind the lazy inputs that the node now asks for and that have not run."""
+        """Return the lazy inputs that the node now asks for and has not asked for before."""
         inputs = self.workflow.prompt[node_id]["inputs"]
-        open_ = {n: str(inputs[n][0]) for n in lazy if is_link(inputs.get(n)) and str(inputs[n][0]) not in self.outputs}
+        open_ = [n for n in sorted(lazy) if is_link(inputs.get(n)) and n not in self.asked.get(node_id, ())]
         if not open_:
             return []
         answers = self._map(node_id, cls, "check_lazy_status")
         names = {name for answer in answers if not isinstance(answer, Blocked) for name in answer or []}
-        return [origin for name, origin in open_.items() if name in names]
+        return [name for name in open_ if name in names]
 
     def _values(self, node_id: str, cls: Any) -> dict[str, list]:
-        """Return each input as the list of its values; (None,) where a lazy input has not been computed."""
-        node = self.workflow.prompt[node_id]
+        """Return each input as the list of its values; (None,) where a lazy input has not been asked for."""
+        node, asked = self.workflow.prompt[node_id], self.asked.get(node_id, ())
         known = {name: options for name, _, options, _ in iter_inputs(cls)}
         values: dict[str, list] = {}
         for name, value in node["inputs"].items():
@@ -665,7 +667,8 @@ class _Run:
             if is_link(value) and known.get(name, {}).get("rawLink"):
                 values[name] = [value]
             elif is_link(value):
-                outputs = self.outputs.get(str(value[0]))
+                seen = name in asked or not known.get(name, {}).get("lazy")
+                outputs = self.outputs.get(str(value[0])) if seen else None
                 values[name] = [None] if outputs is None else outputs[value[1]]
             else:
                 values[name] = [value]

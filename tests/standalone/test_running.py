@@ -93,6 +93,27 @@ def test_an_input_list_node_gets_all_items_in_one_call():
     assert shown(prompt) == ["3=6"]
 
 
+def test_a_lazy_input_that_was_not_picked_blocks_nothing_though_its_node_has_run():
+    class Blocks(io.ComfyNode):
+        @classmethod
+        def define_schema(cls):
+            return io.Schema(node_id="Blocks", outputs=[io.Int.Output()])
+
+        @classmethod
+        def execute(cls):
+            return io.NodeOutput(block_execution="not today")
+
+    for first, answer in ((False, ["5=1"]), (True, [])):
+        prompt = {
+            "1": ("Blocks", {}),
+            "2": ("Show", {"value": ["1", 0]}),
+            "3": ("Number", {"seed": 1, "plus": 0}),
+            "4": ("Pick", {"first": first, "one": ["1", 0], "two": ["3", 0]}),
+            "5": ("Show", {"value": ["4", 0]}),
+        }
+        assert shown(prompt, CLASSES | {"Blocks": Blocks}) == answer
+
+
 def test_a_blocked_output_keeps_its_readers_from_running():
     class Blocks(io.ComfyNode):
         @classmethod
