@@ -26,6 +26,7 @@ LESSONS = {
     "dpo": "dpo_prefers",
     "options": "regions_styles_depth",
     "guidance": "guidance_helps",
+    "inpaint": "inpaint_fits",
     "samplers": "samplers_pay",
     "cache": "cache_saves",
 }

@@ -24,6 +24,7 @@ class ErnieExtension(ComfyExtension):
         from .experts import ErnieExpert, ErnieMixExperts
         from .grid import ErnieXYGrid
         from .guidance import ErnieGuidance, ErnieSkipLayerGuidance
+        from .inpainting import ErnieHardInpaint, ErnieInpaintPrepare, ErnieInpaintStitch
         from .loading import (
             ErnieLoadDiffusionModel,
             ErnieLoadImageModel,
@@ -60,6 +61,9 @@ class ErnieExtension(ComfyExtension):
             ErnieSampler,
             ErnieSamplerSelect,
             ErnieSigmas,
+            ErnieInpaintPrepare,
+            ErnieInpaintStitch,
+            ErnieHardInpaint,
             ErnieGuidance,
             ErnieSkipLayerGuidance,
             ErnieBatchFromPrompts,

@@ -90,6 +90,8 @@ class Model:
     experts: tuple[Any, ...] = ()
     """Who denoises which noise levels; the model itself where nobody does."""
     expert_blend: float = 0.0
+    inner: Any = None
+    """How hard inpainting walks (`InnerIterations`); None = plain masking."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -763,7 +765,7 @@ def sample_from_noise(
     run = cached.enter_context(_step_cache_run(model))
     denoise = _denoise_of(model, positive, negative, batch, size, cfg, guidance, run)
     if latent.get("noise_mask") is not None:
-        denoise = _keep_outside(denoise, latent["noise_mask"], start, noise)
+        denoise = _masked(denoise, latent["noise_mask"], start, noise, model.inner)
     sampler = sampler or Sampler()
     draw_noise = step_noise([(seed, place) for place in latent.get("batch_index") or range(batch)])
     bar = progress(sampler.calls(sigmas))
@@ -870,20 +872,24 @@ def _make_denoise(
     return cached
 
 
-def _keep_outside(denoise: Denoise, mask: Tensor, start: Tensor, noise: Tensor) -> Denoise:
-    """Hold everything outside `mask` (1 = paint) on the path from the noise to the start picture."""
-    import torch
+def _masked(denoise: Denoise, mask: Tensor, start: Tensor, noise: Tensor, inner: Any) -> Denoise:
+    """Hold what lies outside a noise mask, plainly or with inner iterations."""
+    from ..ernie_core.sampling.langevin import with_inner_iterations
+    from ..ernie_core.sampling.masks import fit_mask, hold_outside
 
-    mask = mask.reshape(-1, 1, *mask.shape[-2:]).to(start)
-    mask = torch.nn.functional.interpolate(mask, size=start.shape[-2:], mode="bilinear")
-    mask = mask.repeat(-(-start.shape[0] // mask.shape[0]), 1, 1, 1)[: start.shape[0]]
+    mask = fit_mask(mask, start)
+    masked = hold_outside(denoise, mask, start, noise)
+    if inner is None:
+        return masked
+    return with_inner_iterations(denoise, masked, mask_B1HW=mask, start_BCHW=start, how=inner)
 
-    def masked(x: Tensor, sigma: float) -> Tensor:
-        inside = x * mask + (sigma * noise + (1 - sigma) * start) * (1 - mask)
-        x0 = (inside - sigma * denoise(inside, sigma)) * mask + start * (1 - mask)
-        return (x - x0) / sigma
 
-    return masked
+def set_inner_iterations(model: Model, how: Any) -> Model:
+    """Return a model that inpaints with these inner iterations in place of earlier ones; `model` where they are none.
+
+    They act where the latent has a noise mask.
+    """
+    return model if how.is_neutral else replace(model, inner=how)
 
 
 def decode(vae: Any, latent: Mapping[str, Any]) -> Tensor:

@@ -20,7 +20,8 @@ LEVELS = [
     {"config", "wildcards", "lettering"},
     {"sampling.inputs", "sampling.schedule", "sampling.latents", "sampling.guidance"},
     {"model.rope", "model.attention", "model.kv_cache"},
-    {"sampling.experts"},
+    {"sampling.experts", "sampling.masks", "sampling.langevin"},
+    {"sampling.inpaint"},
     {"model.dit", "model.vae", "model.text_encoder", "model.enhancer", "sampling.samplers", "sampling.cache"},
     {
         "weights.layouts",

@@ -22,6 +22,7 @@ from .files import (
     user_folder,
 )
 from .guidance import add_guidance
+from .inpainting import encode, set_inner_iterations
 from .loras import apply_lora, lora_shapes
 from .models import make_model, num_blocks, set_shift, skip_blocks
 from .pictures import save_png

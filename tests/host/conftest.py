@@ -131,7 +131,8 @@ def standalone_latent(server, tmp_path, monkeypatch):
 
     def run(graph, link):
         seen = []
-        monkeypatch.setattr(host, "session", host.Session(models=server.base / "models", output=tmp_path))
+        session = host.Session(models=server.base / "models", output=tmp_path, input=server.base / "input")
+        monkeypatch.setattr(host, "session", session)
         monkeypatch.setattr(host, "decode", lambda vae, latent: seen.append(latent) or torch.zeros(1, 8, 8, 3))
         prompt = {n: node for n, node in graph.prompt.items() if node["class_type"] != "SaveLatent"}
         decode = {"class_type": "VAEDecode", "inputs": {"samples": link, "vae": graph.vae}}

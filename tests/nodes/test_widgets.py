@@ -176,6 +176,12 @@ def test_no_widget_is_left_out_above(node_classes, recording):
     # and those of a running job in test_training.py
     elsewhere |= {("ErnieTrain", name) for name in ("action", "wait", "process")} | {("ErnieTrainingReport", "name")}
     elsewhere |= set(LORA_WIDGETS)  # in test_lora.py, with real files
+    elsewhere |= {  # all of these in test_inpainting.py, with pictures and a network in miniature
+        (node_id, item.id)
+        for node_id in ("ErnieInpaintPrepare", "ErnieInpaintStitch", "ErnieHardInpaint")
+        for item in node_classes[node_id].GET_SCHEMA().inputs
+        if item.get_io_type() in ("COMBO", "BOOLEAN", "STRING", "INT", "FLOAT")
+    }
     elsewhere |= {  # all of these in test_tournament.py, with a real store
         (node_id, item.id)
         for node_id in ("ErnieTournament", "ErniePairsFromScores")

@@ -249,7 +249,7 @@ def test_a_mask_keeps_the_picture_outside_and_paints_inside():
     target = torch.full_like(start, 3.0)
     mask = torch.zeros(1, 1, 4, 4)
     mask[..., 2:] = 1
-    masked = host._keep_outside(lambda x, sigma: (x - target) / sigma, mask, start, noise)
+    masked = host._masked(lambda x, sigma: (x - target) / sigma, mask, start, noise, None)
     x0 = noise - 1.0 * masked(noise, 1.0)
     assert torch.allclose(x0[..., :2], start[..., :2], atol=1e-5)
     assert torch.allclose(x0[..., 2:], target[..., 2:], atol=1e-5)

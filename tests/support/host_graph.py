@@ -52,7 +52,7 @@ class Graph:
         }
         return self.add("KSampler", model=model or self.model, **settings | changes)
 
-    def custom_sampler(self, sigmas, *, model=None):
+    def custom_sampler(self, sigmas, *, model=None, latent_image=None):
         return self.add(
             "SamplerCustomAdvanced",
             noise=self.add("RandomNoise", noise_seed=SEED),
@@ -61,7 +61,7 @@ class Graph:
             ),
             sampler=self.add("KSamplerSelect", sampler_name="euler"),
             sigmas=sigmas,
-            latent_image=self.latent,
+            latent_image=latent_image or self.latent,
         )
 
 

@@ -6,6 +6,7 @@ import copy
 import math
 from pathlib import Path
 
+from PIL import Image
 from rated_images import draw_rated, write_rows
 from small_data import write_pairs, write_pictures
 
@@ -13,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
 
 SIDES = ("width", "height")
+MARGINS = ("left", "top", "right", "bottom")
 MAX_WORDS = 12  # tokens that an enhancer with random weights writes; it never ends by itself
 
 
@@ -40,19 +42,31 @@ def shrink(prompt: dict, *, side_px: int, steps: int) -> dict:
             inputs["settings"] = f"[samples]\nbase_steps = {steps}"
         if node["class_type"] == "ErnieChoosePairs":
             inputs["source"] = "scorer"  # nobody is there to answer the tournament
+        if node["class_type"] == "ErnieInpaintPrepare":
+            inputs |= {m: side_px for m in MARGINS if inputs[m]} | {"size": side_px}
         if node["class_type"] == "ErnieTrain":
             inputs["process"] = "this one"  # the worker's start alone takes longer than such a run
     return small
 
 
-def write_inputs(folder: Path) -> None:
-    """What people put into the input folder for our workflows, in miniature."""
+def write_inputs(folder: Path, *, side_px: int = 128) -> None:
+    """What people put into the input folder for our workflows, in miniature; pictures to change have `side_px`."""
+    write_masked_picture(folder / "example.png", side_px)
     write_pictures(folder / "ernie_train", count=3)
     write_pairs(folder / "ernie_pairs", count=2)
     write_pictures(folder / "ernie_scores" / "a", count=3, captions=False)
     write_pictures(folder / "ernie_scores" / "b", count=2, captions=False)
     write_pictures(folder / "ernie_tournament", count=6, captions=False)
     write_rows(folder / "ernie_ratings" / "ratings.csv", draw_rated(folder / "ernie_ratings", count=12))
+
+
+def write_masked_picture(path: Path, side_px: int) -> None:
+    """A drawn scene whose object is transparent: that is how a mask comes out of LoadImage."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture = Image.new("RGBA", (side_px, side_px), (140, 200, 240, 255))
+    third = side_px // 3
+    picture.paste((212, 32, 44, 0), (third, third, 2 * third, 2 * third))
+    picture.save(path)
 
 
 def saved_pictures(prompt: dict) -> int:

@@ -19,9 +19,12 @@ NAMES = [
     "enhancer_on_off",
     "guidance",
     "hardware_adviser",
+    "image_to_image",
+    "inpaint",
     "lora_report",
     "lora_stack",
     "mixed_with_core_nodes",
+    "outpaint",
     "preference_loop",
     "score_folder",
     "step_cache",
@@ -64,7 +67,7 @@ def classes(models, tmp_path, monkeypatch):
     load_pack()
     session = host.Session(models=models, output=tmp_path / "out", input=tmp_path)
     monkeypatch.setattr(host, "session", session)
-    write_inputs(tmp_path)
+    write_inputs(tmp_path, side_px=64)
     return load_node_classes()
 
 
