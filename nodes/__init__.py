@@ -21,6 +21,7 @@ class ErnieExtension(ComfyExtension):
         from .benchmark import ErnieAestheticBenchmark, ErniePromptBenchmark
         from .caching import ErnieStepCache
         from .dataset import ErnieDatasetFolder, ErnieDatasetImages, ErniePairsFolder
+        from .editing import ErnieEditWords, ErnieInvertPicture, ErnieMixNoise, ErnieVariation
         from .experts import ErnieExpert, ErnieMixExperts
         from .grid import ErnieXYGrid
         from .guidance import ErnieGuidance, ErnieSkipLayerGuidance
@@ -64,6 +65,10 @@ class ErnieExtension(ComfyExtension):
             ErnieInpaintPrepare,
             ErnieInpaintStitch,
             ErnieHardInpaint,
+            ErnieEditWords,
+            ErnieVariation,
+            ErnieInvertPicture,
+            ErnieMixNoise,
             ErnieGuidance,
             ErnieSkipLayerGuidance,
             ErnieBatchFromPrompts,

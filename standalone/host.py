@@ -783,6 +783,49 @@ def sample_from_noise(
     return x.cpu().clone(), last.cpu().clone()
 
 
+def sample_branches(
+    model: Model,
+    *,
+    branches: Mapping[str, tuple[list, list | None, float]],
+    latent: Mapping[str, Any],
+    sigmas: Tensor,
+    run: Callable[..., Tensor],
+    steps: int,
+) -> dict[str, Any]:
+    """Return LATENT that `run` makes of a picture with the model under several prompts.
+
+    `branches` are {name: (positive, negative, cfg)}. `run` is called as run({name: denoise}, x0_BCHW, on_step=,
+    mask_BCHW=None or a mask) and calls on_step `steps` times.
+    """
+    import torch
+
+    from ..ernie_core.sampling.guidance import GuidanceRun
+    from ..ernie_core.sampling.masks import fit_mask
+
+    start = _check_latent(latent).float()
+    if len(sigmas) < 2:  # strength 0
+        return _with_samples(latent, start)
+    start = start.to(device())
+    batch, size = start.shape[0], (start.shape[2], start.shape[3])
+    denoise = {}
+    for branch, (positive, negative, cfg) in branches.items():
+        for name, conditioning in (("prompt", positive), ("negative", negative)):
+            if conditioning is not None:
+                _check_conditioning(model.dit.config.text_in_dim, f"{branch} {name}", conditioning)
+        guidance = GuidanceRun(model.guidance, sigmas)  # it remembers what it saw: each branch has its own
+        denoise[branch] = _denoise_of(model, positive, negative, batch, size, cfg, guidance)
+    mask = latent.get("noise_mask")
+    bar = progress(steps)
+
+    def on_step(step: int, steps: int, _x: Tensor, _x0: Tensor) -> None:
+        bar.update_absolute(step + 1, steps)
+        throw_if_interrupted()
+
+    with torch.inference_mode():
+        x = run(denoise, start, on_step=on_step, mask_BCHW=None if mask is None else fit_mask(mask, start))
+    return _with_samples(latent, x.cpu().clone())
+
+
 def _denoise_of(
     model: Model,
     positive: list,

@@ -22,7 +22,15 @@ LEVELS = [
     {"model.rope", "model.attention", "model.kv_cache"},
     {"sampling.experts", "sampling.masks", "sampling.langevin"},
     {"sampling.inpaint"},
-    {"model.dit", "model.vae", "model.text_encoder", "model.enhancer", "sampling.samplers", "sampling.cache"},
+    {
+        "model.dit",
+        "model.vae",
+        "model.text_encoder",
+        "model.enhancer",
+        "sampling.samplers",
+        "sampling.flow_edit",
+        "sampling.cache",
+    },
     {
         "weights.layouts",
         "weights.quantise",

@@ -6,6 +6,7 @@ imported anywhere.
 """
 
 from .cache import set_step_cache
+from .editing import sample_branches
 from .experts import set_experts
 from .files import (
     checkpoints_folder,

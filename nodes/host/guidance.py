@@ -53,6 +53,18 @@ def add_guidance(model, rules: Sequence[Rule]):
     return patched
 
 
+def take_guidance(model) -> tuple[Any, tuple[Rule, ...]]:
+    """(`model` without its guidance rules, the rules), for runs that `install` them by themselves."""
+    rules = tuple(model.get_attachment(GUIDANCE_KEY) or ())
+    if not rules:
+        return model, ()
+    from comfy.patcher_extension import WrappersMP
+
+    bare = model.clone()
+    bare.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, GUIDANCE_KEY)
+    return bare, rules
+
+
 def install(model_options: dict[str, Any], run: GuidanceRun) -> None:
     """Let one run's rules act through the host's own hooks in `model_options`, which are this run's alone.
 

@@ -26,7 +26,7 @@ def empty_latent(width: int, height: int, batch_size: int) -> dict[str, Tensor]:
     return {"samples": torch.zeros(batch_size, LATENT_CHANNELS, rows, columns, device=mm.intermediate_device())}
 
 
-def _check_latent(model, latent: dict[str, Tensor]) -> Tensor:
+def checked_latent(model, latent: dict[str, Tensor]) -> Tensor:
     """The samples to start from; ErnieError when they are another model's or not finite."""
     import comfy.sample
 
@@ -37,7 +37,7 @@ def _check_latent(model, latent: dict[str, Tensor]) -> Tensor:
     return samples
 
 
-def _check_conditioning(network, name: str, conditioning: list) -> None:
+def check_conditioning(network, name: str, conditioning: list) -> None:
     projection = network.text_proj
     width = projection.in_features if projection is not None else network.final_linear.in_features
     if not conditioning:
@@ -71,10 +71,10 @@ def sample(
     import latent_preview
 
     network = check_model(model)
-    samples = _check_latent(model, latent)
+    samples = checked_latent(model, latent)
     conds = {"positive": positive} if negative is None else {"positive": positive, "negative": negative}
     for name, conditioning in conds.items():
-        _check_conditioning(network, name, conditioning)
+        check_conditioning(network, name, conditioning)
 
     noise = comfy.sample.prepare_noise(samples, seed, latent.get("batch_index"))
     guider = comfy.samplers.CFGGuider(model)

@@ -130,6 +130,10 @@ class RecordingHost:
         self._note("make_sampler", sampler)
         return "SAMPLER"
 
+    def sample_branches(self, model, *, branches, latent, sigmas, run, steps):
+        self._note("sample_branches", model, branches, latent["samples"].shape, sigmas, run, steps)
+        return latent
+
     def empty_latent(self, width, height, batch_size):
         self._note("empty_latent", width, height, batch_size)
         return {"samples": torch.zeros(batch_size, 1, height // 16, width // 16)}

@@ -15,6 +15,7 @@ NAMES = [
     "batch_prompts",
     "benchmark_scorers",
     "best_of_n",
+    "edit_words",
     "enhanced_prompt",
     "enhancer_on_off",
     "guidance",
@@ -33,6 +34,7 @@ NAMES = [
     "train_dpo",
     "train_lora",
     "turbo",
+    "variation",
     "wildcards",
     "xy_grid",
 ]
