@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-
 from comfy_api.latest import io
 
+from ..ernie_core.enhancing import writing
+from ..ernie_core.enhancing.writing import AUTO, PRESETS, QUOTES
 from ..ernie_core.errors import ErnieError
 from . import host
 from .loading import Enhancer
-from .sampling import MAX_SEED, size_inputs
+from .sampling import CUSTOM, MAX_SEED, size_inputs
 
 CATEGORY = "ERNIE/text"
 MAX_NEW_TOKENS = 2048  # what the official pipeline allows, and what the text encoder reads
-
-CACHE_SIZE = 64
-_enhanced: OrderedDict[tuple, str] = OrderedDict()  # text only: nothing that outlives a run may hold a tensor
 
 
 class ErnieEncodePrompt(io.ComfyNode):
@@ -134,14 +131,25 @@ class ErnieEnhancePrompt(io.ComfyNode):
                     max=MAX_NEW_TOKENS,
                     tooltip="Longest answer in tokens, 1 to 2048; the text is cut there. 2048 is the official value.",
                 ),
+                *writing_inputs(),
             ],
             outputs=[
                 io.String.Output(
                     display_name="enhanced", tooltip="The detailed prompt, or the original when switched off."
                 ),
                 io.String.Output(display_name="original", tooltip="The prompt as it was, for comparing side by side."),
+                io.String.Output(
+                    display_name="variants",
+                    tooltip="All detailed prompts as a list: nodes behind it run once for each.",
+                    is_output_list=True,
+                ),
+                io.String.Output(
+                    display_name="report",
+                    tooltip="One line per variant: its seed, whether it was written or kept from before, and what "
+                    "happened to quoted text.",
+                ),
             ],
-            hidden=[io.Hidden.unique_id],
+            hidden=[io.Hidden.unique_id, io.Hidden.extra_pnginfo],
         )
 
     @classmethod
@@ -149,26 +157,154 @@ class ErnieEnhancePrompt(io.ComfyNode):
         return ["enhancer"] if enabled and enhancer is None else []
 
     @classmethod
-    def execute(cls, prompt: str, enabled: bool, width: int, height: int, enhancer=None, **settings) -> io.NodeOutput:
+    def execute(
+        cls, prompt, enabled, width, height, seed, enhancer=None, preset=CUSTOM, language=AUTO, length=AUTO, words=150,
+        quoted_text=QUOTES[0], retries=2, variants=1, cache=True, **settings,
+    ) -> io.NodeOutput:  # fmt: skip
         if not enabled:
-            return io.NodeOutput(prompt, prompt)
+            return io.NodeOutput(prompt, prompt, [prompt], "switched off")
         if enhancer is None:
             raise ErnieError(
                 "Enhance Prompt needs an enhancer: connect Load Prompt Enhancer, switch load_enhancer on in "
                 "Load ERNIE-Image, or switch enabled off."
             )
-        return io.NodeOutput(enhance(enhancer, prompt, width, height, settings, cls.hidden.unique_id), prompt)
-
-
-def enhance(enhancer, prompt: str, width: int, height: int, settings: dict, node_id: str | None) -> str:
-    """The enhanced prompt, from the cache when the same enhancer was asked the same before; shown as it is written."""
-    key = (enhancer.source, prompt, width, height, *sorted(settings.items()))
-    if key not in _enhanced:
-        _enhanced[key] = enhancer.enhance(
-            prompt, width, height, on_token=lambda text: host.show_text(node_id, text), **settings
+        request = writing.Request(
+            prompt=prompt,
+            width=width,
+            height=height,
+            seed=seed,
+            settings=settings | PRESETS.get(preset, {}),
+            system=writing.instruction(language, length, words),
+            quotes=quoted_text,
+            retries=retries,
         )
-        if len(_enhanced) > CACHE_SIZE:
-            _enhanced.popitem(last=False)
-    _enhanced.move_to_end(key)
-    host.show_text(node_id, _enhanced[key])
-    return _enhanced[key]
+        texts, report = enhance(enhancer, writing.variants(request, variants), cache, cls.hidden)
+        return io.NodeOutput(texts[0], prompt, texts, report)
+
+
+def enhance(enhancer, requests: list, cache: bool, hidden) -> tuple[list[str], str]:
+    """(detailed prompts, report); what the same enhancer was asked before comes from the disk, the rest is shown as
+    it is written. Both prompts go into the pictures that this run saves."""
+    from ..ernie_core.enhancing.disk_cache import DiskCache
+
+    kept = DiskCache(host.user_folder() / "enhanced")
+    source = enhancer.fingerprint
+    keys = [{"enhancer": source, **request.as_dict()} for request in requests]
+    found = {i: answer for i, key in enumerate(keys) if cache and (answer := kept.get(key))}
+    missing = [i for i in range(len(requests)) if i not in found]
+
+    def write(seeds, numbers) -> list[str]:
+        def show(row: int, text: str) -> None:
+            host.show_text(hidden.unique_id, titled(numbers[row], len(requests), text))
+
+        first = requests[0]
+        return enhancer.enhance_variants(
+            first.prompt,
+            first.width,
+            first.height,
+            seeds=seeds,
+            system=first.system,
+            on_token=show,
+            **first.settings,
+        )
+
+    written = dict(zip(missing, writing.answer_requests(write, [requests[i] for i in missing], missing), strict=True))
+    for i, answer in written.items():
+        if cache:
+            kept.put(keys[i], answer)
+    answers = [(found | written)[i] for i in range(len(requests))]
+    texts = [answer.text for answer in answers]
+    host.show_text(hidden.unique_id, "\n\n".join(titled(i, len(texts), text) for i, text in enumerate(texts)))
+    note_in_pictures(hidden, requests[0].prompt, texts)
+    lines = (
+        "; ".join([f"{i + 1}: seed {request.seed}", "kept from before" if i in found else "written", *answer.notes])
+        for i, (request, answer) in enumerate(zip(requests, answers, strict=True))
+    )
+    return texts, "\n".join(lines)
+
+
+def titled(number: int, total: int, text: str) -> str:
+    return text if total == 1 else f"{number + 1} of {total}: {text}"
+
+
+def note_in_pictures(hidden, original: str, enhanced: list[str]) -> None:
+    """Write both prompts beside the workflow: whatever node saves a picture later in this run puts them into the PNG.
+
+    The host hands the same dictionary to every node of a run. It hands none to a run that came without a page.
+    """
+    if isinstance(hidden.extra_pnginfo, dict):
+        noted = hidden.extra_pnginfo.setdefault("ernie_enhanced", [])
+        entry = {"node": hidden.unique_id, "original": original, "enhanced": enhanced}
+        if entry not in noted:
+            noted.append(entry)
+
+
+def writing_inputs() -> list:
+    """Inputs that came later: optional, so that older workflows need none of them, and behind all others."""
+    choices = writing.instructions()
+    return [
+        io.Combo.Input(
+            "preset",
+            options=[CUSTOM, *PRESETS],
+            default=CUSTOM,
+            optional=True,
+            tooltip="Whose settings choose the words: those of diffusers' pipeline, of the model's README or of "
+            "ComfyUI's template. custom (neutral) takes the five values above.",
+        ),
+        io.Combo.Input(
+            "language",
+            options=[AUTO, *choices["language"]],
+            default=AUTO,
+            optional=True,
+            tooltip="Language of the answer, asked for in one sentence behind the official instruction. auto "
+            "(neutral) leaves the instruction as it is; the model then often answers in Chinese.",
+        ),
+        io.Combo.Input(
+            "length",
+            options=[AUTO, *choices["length"]],
+            default=AUTO,
+            optional=True,
+            tooltip="Length of the answer, asked for likewise: short is up to 60 words, medium about 150, long about "
+            "350, words as many as below. auto (neutral) leaves the instruction as it is.",
+        ),
+        io.Int.Input(
+            "words",
+            default=150,
+            min=1,
+            max=1500,
+            optional=True,
+            tooltip="About how many words to ask for, 1 to 1500, when length is words. Otherwise unused (neutral).",
+        ),
+        io.Combo.Input(
+            "quoted_text",
+            options=list(QUOTES),
+            default=QUOTES[0],
+            optional=True,
+            tooltip="What happens when the answer lost text that the prompt has between quotation marks, after all "
+            "retries: append adds a sentence with it, report only says so, ignore (neutral) does not look.",
+        ),
+        io.Int.Input(
+            "retries",
+            default=2,
+            min=0,
+            max=10,
+            optional=True,
+            tooltip="How often an answer that lost quoted text is written anew with another seed, 0 to 10. 0 = never "
+            "(neutral). Unused at temperature 0 and where quoted_text is ignore.",
+        ),
+        io.Int.Input(
+            "variants",
+            default=1,
+            min=1,
+            max=64,
+            optional=True,
+            tooltip="How many texts to write, 1 to 64, with this seed, the next, and so on. 1 = one (neutral).",
+        ),
+        io.Boolean.Input(
+            "cache",
+            default=True,
+            optional=True,
+            tooltip="On: texts are kept in ComfyUI's user folder (the last 2000) and the same question is not asked "
+            "twice, also after a restart. Off (neutral): nothing is read or kept.",
+        ),
+    ]

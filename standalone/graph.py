@@ -622,6 +622,8 @@ class _Run:
         self.links = needed_nodes(workflow.prompt, classes)
         self.outputs: dict[str, list[list]] = {}
         self.asked: dict[str, set[str]] = {}  # node -> lazy inputs that it got; others it does not see, as in ComfyUI
+        # one for all nodes of a run, as in ComfyUI: what a node writes into it goes into the pictures saved later
+        self.png: dict[str, Any] | None = None if workflow.page is None else {"workflow": workflow.page}
         self.waiting = {n: sum(n in links for links in self.links.values()) for n in self.links}
 
     def compute(self, node_id: str) -> None:
@@ -677,8 +679,7 @@ class _Run:
     def _map(self, node_id: str, cls: Any, method: str) -> list:
         """Call a class method once per list item (shorter lists repeat their last), or once with whole lists."""
         values = self._values(node_id, cls)
-        png = None if self.workflow.page is None else {"workflow": self.workflow.page}
-        hidden = {"UNIQUE_ID": node_id, "PROMPT": self.workflow.prompt, "EXTRA_PNGINFO": png}
+        hidden = {"UNIQUE_ID": node_id, "PROMPT": self.workflow.prompt, "EXTRA_PNGINFO": self.png}
         bound = getattr(cls.PREPARE_CLASS_CLONE({"hidden_inputs": hidden}), method)
         if cls.INPUT_IS_LIST:
             return [self._call(bound, values, node_id, blocked=[v for vs in values.values() for v in vs])]

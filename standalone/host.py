@@ -109,24 +109,31 @@ class LoadedEnhancer:
     enhancer: Any
     source: str
 
-    def enhance(
+    @property
+    def fingerprint(self) -> str:
+        """Changes with the model file."""
+        from ..ernie_core.enhancing.disk_cache import fingerprint
+
+        return fingerprint(self.source)
+
+    def enhance_variants(
         self,
         prompt: str,
         width: int,
         height: int,
         *,
-        on_token: Callable[[str], None] | None = None,
+        seeds: Sequence[int],
+        on_token: Callable[[int, str], None],
         **settings: Any,
-    ) -> str:
-        """Return the engine's answer; can be interrupted at each token."""
+    ) -> list[str]:
+        """Return the engine's answers; can be interrupted at each token."""
 
-        def tell(text: str) -> None:
+        def tell(row: int, text: str) -> None:
             throw_if_interrupted()
-            if on_token is not None:
-                on_token(text)
+            on_token(row, text)
 
         model = _bring(self.enhancer)
-        return model.enhance(prompt, width, height, on_token=tell, **settings)
+        return model.enhance_variants(prompt, width, height, seeds=seeds, on_token=tell, **settings)
 
 
 # ---------------------------------------------------------------------------------------------------- files

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -144,26 +145,44 @@ class PromptEnhancer:
         self.patcher = patcher
         self.source = source
 
-    def enhance(self, prompt: str, width: int, height: int, *, on_token=None, max_new_tokens: int, **settings) -> str:
-        """The detailed prompt; see the engine's `Enhancer.enhance` for the settings."""
+    @property
+    def fingerprint(self) -> str:
+        """Changes with the model file."""
+        from ...ernie_core.enhancing.disk_cache import fingerprint
+
+        return fingerprint(self.source)
+
+    def enhance_variants(
+        self,
+        prompt: str,
+        width: int,
+        height: int,
+        *,
+        seeds: Sequence[int],
+        on_token: Callable[[int, str], None],
+        max_new_tokens: int,
+        **settings,
+    ) -> list[str]:
+        """Detailed prompts, one per seed; see the engine's `Enhancer.enhance_variants` for the settings."""
         import comfy.model_management as mm
 
-        bar = progress(max_new_tokens)
+        total = max_new_tokens * len(seeds)
+        bar = progress(total)
         count = 0
 
-        def step(text: str) -> None:
+        def step(row: int, text: str) -> None:
             nonlocal count
             throw_if_interrupted()
             count += 1
-            bar.update_absolute(min(count, max_new_tokens), max_new_tokens)
-            if on_token is not None:
-                on_token(text)
+            bar.update_absolute(count, total)
+            on_token(row, text)
 
         mm.load_models_gpu([self.patcher])
-        return self.patcher.model.enhance(
+        return self.patcher.model.enhance_variants(
             prompt,
             width,
             height,
+            seeds=seeds,
             on_token=step,
             max_new_tokens=max_new_tokens,
             device=self.patcher.load_device,

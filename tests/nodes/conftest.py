@@ -31,7 +31,6 @@ def recording(monkeypatch, tmp_path) -> RecordingHost:
     monkeypatch.setattr(
         checkpoint, "read_component", lambda path, kind: f"{kind} of {path.relative_to(tmp_path).as_posix()}"
     )
-    importlib.import_module("ernie_pack.nodes.text")._enhanced.clear()
     return host
 
 

@@ -668,7 +668,7 @@ def test_an_interrupted_enhancer_remembers_no_half_text(node, loaded, monkeypatc
         patch.setattr(host, "show_text", show_text)
         with pytest.raises(Interrupted):
             node("ErnieEnhancePrompt", enhancer=loaded["enhancer"], **widgets)
-    enhanced, original = node("ErnieEnhancePrompt", enhancer=loaded["enhancer"], **widgets)
+    enhanced, original, *_ = node("ErnieEnhancePrompt", enhancer=loaded["enhancer"], **widgets)
     assert original == "a cat"
     assert len(enhanced) > len(shown[-1])
 

@@ -15,7 +15,9 @@ def asked(recording) -> int:
 
 def test_switched_off_it_needs_no_enhancer_and_changes_nothing(run, node_classes, recording):
     assert node_classes["ErnieEnhancePrompt"].check_lazy_status(**(WIDGETS | {"enabled": False}), enhancer=None) == []
-    assert run("ErnieEnhancePrompt", **(WIDGETS | {"enabled": False})).result == ("a cat", "a cat")
+    assert run("ErnieEnhancePrompt", **(WIDGETS | {"enabled": False})).result == (
+        *("a cat", "a cat", ["a cat"], "switched off"),
+    )
     assert not recording.calls
 
 
@@ -26,7 +28,7 @@ def test_switched_on_the_enhancer_is_asked_for(node_classes, recording):
 
 def test_both_texts_come_out(run, recording):
     enhancer = recording.make_enhancer("component")
-    assert run("ErnieEnhancePrompt", **WIDGETS, enhancer=enhancer).result == ("a detailed a cat", "a cat")
+    assert run("ErnieEnhancePrompt", **WIDGETS, enhancer=enhancer).result[:2] == ("a detailed a cat", "a cat")
 
 
 def test_the_same_question_is_asked_once(run, recording):
@@ -36,13 +38,60 @@ def test_the_same_question_is_asked_once(run, recording):
     assert asked(recording) == 2
 
 
-def test_the_cache_does_not_grow_for_ever(run, recording):
-    from ernie_pack.nodes.text import CACHE_SIZE, _enhanced
-
+def test_what_was_asked_before_is_found_on_the_disk_unless_it_shall_not(run, recording):
     enhancer = recording.make_enhancer("component")
-    for seed in range(CACHE_SIZE + 3):
-        run("ErnieEnhancePrompt", **(WIDGETS | {"seed": seed}), enhancer=enhancer)
-    assert len(_enhanced) == CACHE_SIZE
+    first = run("ErnieEnhancePrompt", **WIDGETS, enhancer=enhancer).result
+    again = run("ErnieEnhancePrompt", **WIDGETS, enhancer=enhancer).result
+    assert first[:3] == again[:3]
+    assert (first[3], again[3]) == ("1: seed 0; written", "1: seed 0; kept from before")
+    assert asked(recording) == 1
+    run("ErnieEnhancePrompt", **WIDGETS, enhancer=enhancer, cache=False)
+    assert asked(recording) == 2
+
+
+def test_another_model_file_is_asked_again(run, recording):
+    enhancer = recording.make_enhancer("component")
+    run("ErnieEnhancePrompt", **WIDGETS, enhancer=enhancer)
+    enhancer.fingerprint = "another"
+    run("ErnieEnhancePrompt", **WIDGETS, enhancer=enhancer)
+    assert asked(recording) == 2
+
+
+def test_variants_are_a_list_and_only_new_ones_are_written(run, recording):
+    enhancer = recording.make_enhancer("component")
+    run("ErnieEnhancePrompt", **WIDGETS | {"seed": 1}, enhancer=enhancer)
+    result = run("ErnieEnhancePrompt", **WIDGETS, enhancer=enhancer, variants=3).result
+    assert result[2] == ["a detailed a cat"] * 3
+    assert recording.calls[-1][4] == [0, 2]
+    assert result[3].splitlines() == ["1: seed 0; written", "2: seed 1; kept from before", "3: seed 2; written"]
+
+
+def test_lost_quotes_are_tried_again_then_added_and_told(run, recording):
+    enhancer = recording.make_enhancer("component")
+    text, original, _, report = run(
+        "ErnieEnhancePrompt", **WIDGETS | {"prompt": 'a sign "LOST"'}, enhancer=enhancer
+    ).result
+    assert text == 'a detailed a sign "..." The picture shows the text "LOST".'
+    assert original == 'a sign "LOST"'
+    assert report.endswith('written 3 times; "LOST" added at the end')
+    assert asked(recording) == 3
+
+
+def test_old_workflows_ask_what_they_asked_before(run, recording):
+    """Without the inputs that came later: the official instruction, one seed, the five settings."""
+    run("ErnieEnhancePrompt", **WIDGETS, enhancer=recording.make_enhancer("component"))
+    settings = {k: WIDGETS[k] for k in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")}
+    settings |= {"max_new_tokens": 8, "system": None}
+    assert recording.calls[-1] == ("enhance", "a cat", 64, 64, [0], sorted(settings.items()))
+
+
+def test_both_prompts_go_where_saving_nodes_look(node_classes, recording):
+    pnginfo = {"workflow": {}}
+    hidden = {"UNIQUE_ID": "7", "EXTRA_PNGINFO": pnginfo}
+    for _ in range(2):
+        clone = node_classes["ErnieEnhancePrompt"].PREPARE_CLASS_CLONE({"hidden_inputs": hidden})
+        clone.EXECUTE_NORMALIZED(**WIDGETS, enhancer=recording.make_enhancer("component"))
+    assert pnginfo["ernie_enhanced"] == [{"node": "7", "original": "a cat", "enhanced": ["a detailed a cat"]}]
 
 
 def test_nothing_connected_is_an_error_that_says_what_to_do(run, recording):

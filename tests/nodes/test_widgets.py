@@ -28,6 +28,9 @@ CONTEXT = {
     ("ErnieWildcards", "folder"): {"text": "__missing__"},
     **{("ErnieGuidance", w): {"method": "apg"} for w in ("eta", "momentum", "norm_threshold")},
     ("ErnieGuidance", "zero_steps"): {"method": "cfg-zero*"},
+    ("ErnieEnhancePrompt", "preset"): {"temperature": 0.9},
+    ("ErnieEnhancePrompt", "words"): {"length": "words"},
+    **{("ErnieEnhancePrompt", w): {"prompt": '"LOST"'} for w in ("quoted_text", "retries")},
     ("ErnieDatasetFolder", "default_caption"): {"path": "bare", "missing_caption": "default"},
     ("ErnieDatasetFolder", "missing_caption"): {"path": "bare"},
     ("ErnieDatasetImages", "balance"): {"repeats": 3},
@@ -64,6 +67,10 @@ WIDGETS = [
     ("ErnieEncodePrompt", "prompt"),
     *[("ErnieEnhancePrompt", w) for w in ("prompt", "enabled", "width", "height", "seed", "temperature", "top_p")],
     *[("ErnieEnhancePrompt", w) for w in ("top_k", "min_p", "repetition_penalty", "max_new_tokens")],
+    *[
+        ("ErnieEnhancePrompt", w)
+        for w in ("preset", "language", "length", "words", "quoted_text", "retries", "variants")
+    ],
     *[("ErnieEmptyLatent", w) for w in ("size", "width", "height", "batch_size")],
     *[("ErnieSampler", w) for w in ("preset", "steps", "cfg", "shift", "seed", "denoise", "sampler")],
     *[("ErnieSamplerSelect", w) for w in ("sampler", "eta")],
@@ -127,8 +134,6 @@ def observe(run, recording, node_classes, tmp_path):
     """observe(node_id, **changes) -> what reached the host and what came out, from a fresh start."""
     import shutil
 
-    from ernie_pack.nodes.text import _enhanced
-
     def look(node_id: str, **changes):
         shutil.rmtree(tmp_path / "output")
         (tmp_path / "output").mkdir()
@@ -141,7 +146,7 @@ def observe(run, recording, node_classes, tmp_path):
             write_pairs(tmp_path / "input" / "pairs", count=2)
             write_pairs(tmp_path / "input" / "bare_pairs", count=1, captions=False)
         recording.calls.clear()
-        _enhanced.clear()
+        shutil.rmtree(tmp_path / "user", ignore_errors=True)
         widgets = {
             item.id: default(item)
             for item in node_classes[node_id].GET_SCHEMA().inputs
@@ -175,6 +180,7 @@ def test_no_widget_is_left_out_above(node_classes, recording):
     elsewhere = {("ErnieLoadImageModel", "folder"), ("ErnieLoadImageModel", "download")}
     # and those of a running job in test_training.py
     elsewhere |= {("ErnieTrain", name) for name in ("action", "wait", "process")} | {("ErnieTrainingReport", "name")}
+    elsewhere |= {("ErnieEnhancePrompt", "cache")}  # in test_text.py, with two runs
     elsewhere |= set(LORA_WIDGETS)  # in test_lora.py, with real files
     elsewhere |= {  # all of these in test_inpainting.py, with pictures and a network in miniature
         (node_id, item.id)

@@ -172,15 +172,15 @@ class RecordingHost:
 
 
 class RecordingEnhancer:
-    source = "enhancer.safetensors"
+    fingerprint = "enhancer.safetensors"
 
     def __init__(self, host: RecordingHost):
         self.host = host
 
-    def enhance(self, prompt, width, height, *, on_token, **settings):
-        self.host._note("enhance", prompt, width, height, sorted(settings.items()))
-        on_token("a detailed")
-        return f"a detailed {prompt}"
+    def enhance_variants(self, prompt, width, height, *, seeds, on_token, **settings):
+        self.host._note("enhance", prompt, width, height, list(seeds), sorted(settings.items()))
+        on_token(0, "a detailed")
+        return [f"a detailed {prompt}".replace("LOST", "...") for _ in seeds]
 
 
 def _plain(value):

@@ -77,6 +77,8 @@ def saved_pictures(prompt: dict) -> int:
         if node["class_type"] == "ErnieXYGrid":
             values = [node["inputs"][f"{letter}_values"] for letter in "xyz"]
             count += math.prod(len(text.split(",")) for text in values if text)
+        if node["class_type"] == "ErnieEnhancePrompt":
+            count *= node["inputs"].get("variants", 1)
     return count + sum(made_by(prompt, n) for n, node in prompt.items() if node["class_type"] in makers)
 
 

@@ -18,6 +18,7 @@ NAMES = [
     "edit_words",
     "enhanced_prompt",
     "enhancer_on_off",
+    "enhancer_variants",
     "guidance",
     "hardware_adviser",
     "image_to_image",
