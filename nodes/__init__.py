@@ -43,7 +43,7 @@ class ErnieExtension(ComfyExtension):
             ErnieScoreImages,
             ErnieScoreReport,
         )
-        from .text import ErnieEncodePrompt, ErnieEnhancePrompt
+        from .text import ErnieEncodePrompt, ErnieEnhancePrompt, ErnieServerEnhancer
         from .tournament import ErniePairsFromScores, ErnieTournament
         from .training import ErniePreflight, ErnieReducedDepth, ErnieTrain, ErnieTrainingReport
         from .wildcards import ErnieWildcards
@@ -57,6 +57,7 @@ class ErnieExtension(ComfyExtension):
             ErnieLoadVAE,
             ErnieEncodePrompt,
             ErnieEnhancePrompt,
+            ErnieServerEnhancer,
             ErnieWildcards,
             ErnieEmptyLatent,
             ErnieSampler,

@@ -159,7 +159,7 @@ class ErnieEnhancePrompt(io.ComfyNode):
     @classmethod
     def execute(
         cls, prompt, enabled, width, height, seed, enhancer=None, preset=CUSTOM, language=AUTO, length=AUTO, words=150,
-        quoted_text=QUOTES[0], retries=2, variants=1, cache=True, **settings,
+        quoted_text: writing.Quotes = QUOTES[0], retries=2, variants=1, cache=True, **settings,
     ) -> io.NodeOutput:  # fmt: skip
         if not enabled:
             return io.NodeOutput(prompt, prompt, [prompt], "switched off")
@@ -180,6 +180,74 @@ class ErnieEnhancePrompt(io.ComfyNode):
         )
         texts, report = enhance(enhancer, writing.variants(request, variants), cache, cls.hidden)
         return io.NodeOutput(texts[0], prompt, texts, report)
+
+
+class ErnieServerEnhancer(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ErnieServerEnhancer",
+            display_name="Enhancer on a Server (ERNIE)",
+            category=CATEGORY,
+            description="Lets a language model on your own OpenAI-compatible server write prompts out.",
+            inputs=[
+                io.Boolean.Input(
+                    "send_prompts",
+                    default=False,
+                    tooltip="On: prompts are sent to the address below. Off (neutral): nothing is ever sent, and "
+                    "Enhance Prompt stops with a message.",
+                ),
+                io.String.Input(
+                    "url",
+                    default="http://127.0.0.1:8080/v1",
+                    tooltip="Where the server's chat API begins, without chat/completions: llama.cpp, vLLM, Ollama, "
+                    "LM Studio or a paid service.",
+                ),
+                io.String.Input(
+                    "model", default="default", tooltip="Name under which the server knows the model, as it lists it."
+                ),
+                io.String.Input(
+                    "key_variable",
+                    default="",
+                    tooltip="Name of the environment variable that holds the key, such as OPENAI_API_KEY; never the "
+                    "key itself, which is saved nowhere. Empty (neutral) = no key.",
+                ),
+                io.Int.Input(
+                    "timeout",
+                    default=120,
+                    min=1,
+                    max=3600,
+                    tooltip="How long the server may stay silent, 1 to 3600 seconds.",
+                ),
+                io.Int.Input(
+                    "retries",
+                    default=3,
+                    min=0,
+                    max=10,
+                    tooltip="How often a busy, failing or missing server is asked again, 0 to 10. 0 = never (neutral).",
+                ),
+            ],
+            outputs=[Enhancer.Output(display_name="enhancer", tooltip="Prompt enhancer for Enhance Prompt.")],
+        )
+
+    @classmethod
+    def execute(cls, send_prompts, url, model, key_variable, timeout, retries) -> io.NodeOutput:
+        from ..ernie_core.enhancing.server import ServerEnhancer
+
+        if not send_prompts:
+            raise ErnieError(
+                "Enhancer on a Server would send prompts to another program: switch send_prompts on to allow it."
+            )
+        return io.NodeOutput(
+            ServerEnhancer(
+                url,
+                model,
+                key_variable=key_variable,
+                timeout_s=timeout,
+                retries=retries,
+                check=host.throw_if_interrupted,
+            )
+        )
 
 
 def enhance(enhancer, requests: list, cache: bool, hidden) -> tuple[list[str], str]:

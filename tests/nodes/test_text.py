@@ -97,3 +97,16 @@ def test_both_prompts_go_where_saving_nodes_look(node_classes, recording):
 def test_nothing_connected_is_an_error_that_says_what_to_do(run, recording):
     with pytest.raises(ErnieError, match="needs an enhancer: connect Load Prompt Enhancer"):
         run("ErnieEnhancePrompt", **WIDGETS)
+
+
+SERVER = {"url": "http://127.0.0.1:9/v1/", "model": "m", "key_variable": "", "timeout": 7, "retries": 0}
+
+
+def test_a_server_is_asked_only_when_prompts_may_be_sent(run):
+    with pytest.raises(ErnieError, match="switch send_prompts on to allow it"):
+        run("ErnieServerEnhancer", **SERVER, send_prompts=False)
+    (enhancer,) = run("ErnieServerEnhancer", **SERVER, send_prompts=True).result
+    assert (enhancer.url, enhancer.model) == ("http://127.0.0.1:9/v1/chat/completions", "m")
+    assert (enhancer.timeout_s, enhancer.retries, enhancer.key_variable) == (7, 0, "")
+    with pytest.raises(ErnieError, match="cannot be reached"):
+        run("ErnieEnhancePrompt", **WIDGETS, enhancer=enhancer)

@@ -180,6 +180,9 @@ def test_no_widget_is_left_out_above(node_classes, recording):
     elsewhere = {("ErnieLoadImageModel", "folder"), ("ErnieLoadImageModel", "download")}
     # and those of a running job in test_training.py
     elsewhere |= {("ErnieTrain", name) for name in ("action", "wait", "process")} | {("ErnieTrainingReport", "name")}
+    elsewhere |= {  # in test_text.py and core/test_enhancing_server.py, with a server
+        ("ErnieServerEnhancer", name) for name in ("send_prompts", "url", "model", "key_variable", "timeout", "retries")
+    }
     elsewhere |= {("ErnieEnhancePrompt", "cache")}  # in test_text.py, with two runs
     elsewhere |= set(LORA_WIDGETS)  # in test_lora.py, with real files
     elsewhere |= {  # all of these in test_inpainting.py, with pictures and a network in miniature
