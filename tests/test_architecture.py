@@ -44,7 +44,7 @@ LEVELS = [
     {"adviser"},
     {"batch", "pipeline", "enhancing.quotes"},
     {"enhancing.writing"},
-    {"enhancing.disk_cache", "enhancing.server", "layout_prompt"},
+    {"enhancing.disk_cache", "enhancing.server"},
     {"grid", "runs"},
     {"training.captions", "training.pictures"},
     {"training.items"},
