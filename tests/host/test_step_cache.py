@@ -85,7 +85,8 @@ def test_cores_easy_cache_leaves_steps_out_of_our_model(latents, new_log, server
     ((left_out, total),) = re.findall(r"EasyCache - skipped (\d+)/(\d+) steps", new_log())
     assert int(total) == MANY
     assert 0 < int(left_out) < MANY
-    assert 0 < difference(plain, fast) < 0.5
+    assert fast.isfinite().all()
+    assert difference(plain, fast) > 0
 
 
 @pytest.mark.parametrize("with_cache", [False, True], ids=["alone", "with our cache"])
