@@ -27,6 +27,7 @@ LESSONS = {
     "options": "regions_styles_depth",
     "guidance": "guidance_helps",
     "inpaint": "inpaint_fits",
+    "negative": "negative_helps",
     "samplers": "samplers_pay",
     "cache": "cache_saves",
 }

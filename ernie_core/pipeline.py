@@ -9,39 +9,64 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .config import BASE, check_size
 from .errors import ErnieError
+from .model.attention import attention
 from .model.dit import DiT, RunBlock, call_block
 from .model.enhancer import Enhancer
+from .model.rope import RopeTable
 from .model.text_encoder import TextEncoder, Tokenizer
 from .model.vae import VAE
 from .sampling.guidance import Denoise, with_cfg
 from .sampling.latents import latent_size, make_noise, mix_noise, step_noise
+from .sampling.nag import Nag, nag_inputs
 from .sampling.samplers import OnStep, Sampler
 from .sampling.schedule import NUM_TRAIN_TIMESTEPS, make_sigmas
 
 
 def make_denoise(
-    transformer: DiT, texts: Sequence[Tensor], height_lat: int, width_lat: int, *, run_block: RunBlock = call_block
+    transformer: DiT,
+    texts: Sequence[Tensor],
+    height_lat: int,
+    width_lat: int,
+    *,
+    run_block: RunBlock = call_block,
+    nag: Nag | None = None,
 ) -> Denoise:
     """denoise(x, sigma) conditioned on `texts` (one [T_i, D] per picture), the RoPE table computed once for the run.
 
-    `run_block`: as in `DiT.forward`.
+    `run_block`: as in `DiT.forward`. `nag`: a negative prompt in the attention, for texts of one length.
+
+    Raises:
+        ErnieError: `nag` with texts of different lengths.
     """
     weight = transformer.text_proj.weight if transformer.text_proj is not None else transformer.final_linear.weight
     device, dtype = weight.device, weight.dtype
     text_lengths = [len(t) for t in texts]
     text_BTD = torch.nn.utils.rnn.pad_sequence([t.to(device, dtype) for t in texts], batch_first=True)
-    rope = transformer.rope(height_lat, width_lat, text_lengths, device=device, dtype=dtype)
+
+    def rope_for(*lengths: int) -> RopeTable:
+        return transformer.rope(height_lat, width_lat, lengths, device=device, dtype=dtype)
+
+    rope = rope_for(*text_lengths)
+    under_nag: dict[str, Any] = {}
+    if nag is not None and not nag.is_neutral:
+        if len(set(text_lengths)) > 1:
+            raise ErnieError("a negative prompt in the attention needs prompts of one length in a batch; make fewer.")
+        tokens = (height_lat // transformer.config.patch_size) * (width_lat // transformer.config.patch_size)
+        under_nag = nag_inputs(nag, text_BTD, tokens, rope_for, attention)
 
     @torch.no_grad()
     def denoise(x_BCHW: Tensor, sigma: float) -> Tensor:
         timesteps = torch.full((len(texts),), NUM_TRAIN_TIMESTEPS * sigma, dtype=torch.float32, device=device)
         x_BCHW = x_BCHW.to(device, dtype)
+        if under_nag and nag is not None and nag.acts_at(sigma):
+            return transformer(x_BCHW, timesteps, run_block=run_block, **under_nag)
         return transformer(x_BCHW, timesteps, text_BTD, text_lengths=text_lengths, rope=rope, run_block=run_block)
 
     return denoise

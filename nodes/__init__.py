@@ -24,7 +24,7 @@ class ErnieExtension(ComfyExtension):
         from .editing import ErnieEditWords, ErnieInvertPicture, ErnieMixNoise, ErnieVariation
         from .experts import ErnieExpert, ErnieMixExperts
         from .grid import ErnieXYGrid
-        from .guidance import ErnieGuidance, ErnieSkipLayerGuidance
+        from .guidance import ErnieGuidance, ErnieNegativeForTurbo, ErnieSkipLayerGuidance
         from .inpainting import ErnieHardInpaint, ErnieInpaintPrepare, ErnieInpaintStitch
         from .loading import (
             ErnieLoadDiffusionModel,
@@ -72,6 +72,7 @@ class ErnieExtension(ComfyExtension):
             ErnieMixNoise,
             ErnieGuidance,
             ErnieSkipLayerGuidance,
+            ErnieNegativeForTurbo,
             ErnieBatchFromPrompts,
             ErnieXYGrid,
             ErnieLoadLora,

@@ -56,7 +56,7 @@ class ErnieGuidance(io.ComfyNode):
                     options=list(METHODS),
                     default=METHODS[0],
                     tooltip="cfg (neutral): the difference of the two predictions, cfg times. apg: without the part of "
-                    "it that only adds contrast, for high cfg. cfg-zero*: the negative prediction scaled to fit.",
+                    "it along the prediction. cfg-zero*: the negative prediction scaled to fit.",
                 ),
                 start_input("Guidance acts"),
                 end_input("Guidance acts"),
@@ -77,7 +77,7 @@ class ErnieGuidance(io.ComfyNode):
                     step=0.001,
                     round=0.0001,
                     tooltip="The negative prompt is not asked any more once both predictions of a picture are this "
-                    "similar (cosine, 0 to 1): steps then take half the time. 1 (neutral) = always asked; try 0.99.",
+                    "similar (cosine, 0 to 1): steps then take half the time. 1 (neutral) = always asked; try 0.995.",
                 ),
                 io.Float.Input(
                     "eta",
@@ -184,3 +184,55 @@ class ErnieSkipLayerGuidance(io.ComfyNode):
 
         chosen = read_blocks(blocks, host.num_blocks(model))
         return io.NodeOutput(host.add_guidance(model, [SkipLayers(blocks=chosen, scale=scale, start=start, end=end)]))
+
+
+class ErnieNegativeForTurbo(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ErnieNegativeForTurbo",
+            display_name="Negative Prompt for Turbo (ERNIE)",
+            category=CATEGORY,
+            description="Lets a model at cfg 1 obey a negative prompt, by normalized attention guidance.",
+            inputs=[
+                io.Model.Input("model", tooltip="ERNIE-Image model from these loaders, with or without LoRA."),
+                io.Conditioning.Input("negative", tooltip="Encoded text that names what shall not be in the picture."),
+                io.Float.Input(
+                    "scale",
+                    default=5.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.5,
+                    round=0.01,
+                    tooltip="How far the picture is pushed away from it, 0 to 100. 1 (neutral) = off.",
+                ),
+                start_input("It acts"),
+                end_input("It acts"),
+                io.Float.Input(
+                    "tau",
+                    default=2.5,
+                    min=1.0,
+                    max=100.0,
+                    step=0.1,
+                    round=0.01,
+                    advanced=True,
+                    tooltip="Longest that the pushed attention may get, in lengths of the plain one, 1 to 100. There "
+                    "is no neutral value; lower is safer.",
+                ),
+                io.Float.Input(
+                    "alpha",
+                    default=0.25,
+                    min=0.0,
+                    max=1.0,
+                    step=0.05,
+                    round=0.01,
+                    advanced=True,
+                    tooltip="Share of the pushed attention in the result, 0 to 1. 0 (neutral) = off.",
+                ),
+            ],
+            outputs=[io.Model.Output(display_name="model", tooltip="The model with this negative prompt inside.")],
+        )
+
+    @classmethod
+    def execute(cls, model, negative, scale, start, end, tau, alpha) -> io.NodeOutput:
+        return io.NodeOutput(host.add_nag(model, negative, scale=scale, start=start, end=end, tau=tau, alpha=alpha))

@@ -92,6 +92,8 @@ class Model:
     expert_blend: float = 0.0
     inner: Any = None
     """How hard inpainting walks (`InnerIterations`); None = plain masking."""
+    nag: Any = None
+    """A negative prompt in the attention."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -552,6 +554,18 @@ def _step_cache_run(model: Model) -> Iterator[Any]:
         show_text(node_id, run.report())
 
 
+def add_nag(model: Model, negative: list, **settings: float) -> Model:
+    """Return a model with a negative prompt in its attention, or `model` itself at neutral settings."""
+    from ..ernie_core.sampling.nag import nag_from
+
+    nag = nag_from(negative, model.dit.config.text_in_dim, **settings)
+    if nag.is_neutral:
+        return model
+    if model.nag is not None:
+        logger.warning("This model had a negative prompt in its attention already: only the last one acts.")
+    return replace(model, nag=nag)
+
+
 # ---------------------------------------------------------------------------------------------------- LoRA
 
 
@@ -852,12 +866,16 @@ def _denoise_of(
 
     if not model.experts:
         dit = _bring(model.dit)
+
+        def make_cond(*without: int) -> Denoise:
+            return _make_denoise(dit, (*model.skip, *without), positive, batch, size, cache, model.nag)
+
         denoise = with_guidance(
-            _make_denoise(dit, model.skip, positive, batch, size, cache),
+            make_cond(),
             None if negative is None or cfg == 1 else _make_denoise(dit, model.skip, negative, batch, size, cache),
             cfg,
             run,
-            without=lambda blocks: _make_denoise(dit, (*model.skip, *blocks), positive, batch, size, cache),
+            without=lambda blocks: make_cond(*blocks),
         )
         return _with_loras(denoise, dit, model.loras)
 
@@ -892,7 +910,13 @@ def _check_conditioning(width: int, name: str, conditioning: list) -> None:
 
 
 def _make_denoise(
-    dit: Any, skip: tuple[int, ...], conditioning: list, batch: int, size: tuple[int, int], cache: Any = None
+    dit: Any,
+    skip: tuple[int, ...],
+    conditioning: list,
+    batch: int,
+    size: tuple[int, int],
+    cache: Any = None,
+    nag: Any = None,
 ) -> Denoise:
     """Return denoise(x, sigma) under one prompt; a conditioning batch repeats to the latent's batch, as on the host."""
     from ..ernie_core.model.dit import call_block
@@ -905,17 +929,18 @@ def _make_denoise(
     texts = [text_BTD[i % len(text_BTD)] for i in range(batch)]
     run_block = run_kept if skip else call_block
     if cache is None:
-        return make_denoise(dit, texts, *size, run_block=run_block)
-    key = (id(dit), id(conditioning), skip)
+        return make_denoise(dit, texts, *size, run_block=run_block, nag=nag)
     now = run_block
 
     def cached_block(index: int, block: Any, *inputs: Any) -> Tensor:
         return now(index, block, *inputs)
 
-    denoise = make_denoise(dit, texts, *size, run_block=cached_block)
+    denoise = make_denoise(dit, texts, *size, run_block=cached_block, nag=nag)
 
     def cached(x: Tensor, sigma: float) -> Tensor:
         nonlocal now
+        # A negative prompt in the attention brings tokens of its own, in its range.
+        key = (id(dit), id(conditioning), skip, nag is not None and nag.acts_at(sigma))
         now = cache.run_block(key, sigma, run_block)
         return denoise(x, sigma)
 

@@ -30,6 +30,7 @@ LEVELS = [
         "sampling.samplers",
         "sampling.flow_edit",
         "sampling.cache",
+        "sampling.nag",
     },
     {
         "weights.layouts",

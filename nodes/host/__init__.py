@@ -25,7 +25,7 @@ from .files import (
 from .guidance import add_guidance
 from .inpainting import encode, set_inner_iterations
 from .loras import apply_lora, lora_shapes
-from .models import make_model, num_blocks, set_shift, skip_blocks
+from .models import add_nag, make_model, num_blocks, set_shift, skip_blocks
 from .pictures import save_png
 from .routes import serve
 from .runtime import (

@@ -17,11 +17,13 @@ from ...ernie_core.errors import CheckpointError, ErnieError
 from ...ernie_core.model.dit import DiT, RunBlock, call_block
 from ...ernie_core.model.rope import RopeTable
 from ...ernie_core.sampling.inputs import LATENT_CHANNELS
+from ...ernie_core.sampling.nag import nag_from, nag_inputs
 from ...ernie_core.sampling.schedule import NUM_TRAIN_TIMESTEPS
 
 logger = logging.getLogger(__name__)
 
 STEP_CACHE_KEY = "ernie_step_cache"
+NAG_KEY = "ernie_nag"  # in transformer_options
 
 DTYPES = {
     "bf16": torch.bfloat16,
@@ -204,26 +206,77 @@ def _adapter_class() -> type:
                 out = optimized_attention(q, k, v, heads, transformer_options=options)
                 return out.unflatten(-1, (heads, -1))
 
+            nag = options.get(NAG_KEY)
+            if nag is not None and nag.acts_at(float(options["sigmas"].max())):
+                return self._forward_with_nag(nag, x, timesteps, context, attend, options)
             rope = self._rope_of_run(x, context.shape[1], options)
             run_block = self._run_block(timesteps, options)
             return super().forward(
                 x, timesteps, context, rope=rope, attend=attend, run_block=run_block, transformer_options=options
             )
 
-        def _run_block(self, timesteps, options: dict[str, Any]) -> RunBlock:
+        def _run_block(self, timesteps, options: dict[str, Any], *part: Any) -> RunBlock:
             """What a step cache of this run makes of the blocks.
 
             Apart are: prompts, in whatever batches the host asks for them, this network, and which blocks are left out
-            (Reduced Depth, and skip-layer guidance, which asks the same prompt again).
+            (Reduced Depth, and skip-layer guidance, which asks the same prompt again); `part`: what of a batch is run
+            by itself, and with what tokens.
             """
             run = options.get(STEP_CACHE_KEY)
             if run is None:
                 return call_block
             left_out = tuple(i for i, layer in enumerate(self.layers) if "forward" in vars(layer))
-            key = (id(self), tuple(options.get("uuids", options.get("cond_or_uncond", ()))), left_out)
+            key = (id(self), tuple(options.get("uuids", options.get("cond_or_uncond", ()))), left_out, *part)
             return run.run_block(key, float(timesteps[0]) / NUM_TRAIN_TIMESTEPS)
 
+        def _forward_with_nag(self, nag, x, timesteps, context, attend, options):
+            """Under a negative prompt in the attention, but for what is predicted under a negative prompt already."""
+
+            def predict(i: int, rows: slice, is_cond: bool):
+                inputs = {"text_BTD": context[rows], "attend": attend}
+                if is_cond:
+                    image_tokens = x.shape[2] * x.shape[3] // self.config.patch_size**2
+                    rope_for = functools.partial(self._rope_of_run, x, options=options)
+                    inputs = nag_inputs(nag, context[rows].to(x.dtype), image_tokens, rope_for, attend)
+                else:
+                    inputs["rope"] = self._rope_of_run(x, context.shape[1], options)
+                inputs["run_block"] = self._run_block(timesteps, options, NAG_KEY, i)
+                # Each call gets its own copy: the DiT writes into it.
+                return super(HostDiT, self).forward(x[rows], timesteps[rows], **inputs, transformer_options={**options})
+
+            kinds = options.get("cond_or_uncond") or [0]
+            size = len(x) // len(kinds)
+            parts = [predict(i, slice(i * size, (i + 1) * size), kind == 0) for i, kind in enumerate(kinds)]
+            return torch.cat(parts)
+
     return HostDiT
+
+
+def add_nag(model, negative: list, **settings: float):
+    """A clone of `model` with a negative prompt in its attention (see `Nag`); `model` itself at neutral settings.
+
+    It lies in transformer_options, where every sampler and guider of the host carries it. One per model: a second one
+    takes the place of the first and says so.
+
+    Raises:
+        ErnieError: not our ERNIE-Image network (core's offers no place to look twice), or `negative` is no prompt of
+            it.
+    """
+    network = check_model(model)
+    if not isinstance(network, DiT):
+        raise ErnieError(
+            "the negative prompt needs this pack's ERNIE-Image network, this is ComfyUI's own: load the same file with "
+            "Load Diffusion Model (ERNIE)."
+        )
+    nag = nag_from(negative, network.config.text_in_dim, **settings)
+    if nag.is_neutral:
+        return model
+    patched = model.clone()
+    options = patched.model_options["transformer_options"]
+    if NAG_KEY in options:
+        logger.warning("This model had a negative prompt in its attention already: only the last one acts.")
+    options[NAG_KEY] = nag
+    return patched
 
 
 def set_shift(model, shift: float):

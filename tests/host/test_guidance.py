@@ -10,6 +10,7 @@ import call_log
 import core_loaders
 import pytest
 import torch
+from comfyui_server import HostError
 from ernie_pack.ernie_core.sampling.schedule import make_sigmas
 from host_graph import STEPS, Graph, difference
 
@@ -106,6 +107,50 @@ def test_skip_layer_guidance_is_standalones(latents, standalone_latent):
     assert difference(ours, plain) > 10 * SAME
 
 
+def negative(graph, model=None, **changes):
+    text = graph.add("ErnieEncodePrompt", clip=graph.clip, prompt="a small blue circle at the top left")
+    settings = {"scale": 3.0, "start": 1.0, "end": 0.0, "tau": 2.5, "alpha": 0.25} | changes
+    return graph.add("ErnieNegativeForTurbo", model=model or graph.model, negative=text, **settings)
+
+
+@pytest.mark.parametrize("cfg", [1.0, 4.0])
+def test_a_negative_prompt_in_the_attention_is_standalones(latents, standalone_latent, cfg):
+    graph = Graph()
+    model = negative(graph)
+    link = graph.ernie_sampler(model=model, cfg=cfg)
+    wanted = standalone_latent(graph, link)
+    plain, ours, core, neutral = latents(
+        graph,
+        graph.ernie_sampler(cfg=cfg),
+        link,
+        graph.ksampler(model=model, cfg=cfg),
+        graph.ernie_sampler(model=negative(graph, scale=1.0), cfg=cfg),
+    )
+    assert difference(ours, wanted) < SAME
+    assert difference(core, wanted) < SAME
+    assert difference(ours, plain) > 10 * SAME
+    assert torch.equal(neutral, plain)
+
+
+def test_prompts_of_one_length_share_a_call_and_only_the_prompt_is_pushed(latents, standalone_latent):
+    """Core puts equally long prompts into one batch; the negative in the attention is the prompt's alone."""
+    graph = Graph()
+    graph.negative = graph.add("ErnieEncodePrompt", clip=graph.clip, prompt="a red ring")
+    link = graph.ernie_sampler(model=negative(graph, start=0.97, end=0.6))
+    wanted = standalone_latent(graph, link)
+    assert difference(latents(graph, link)[0], wanted) < SAME
+
+
+def test_cores_network_has_no_place_for_it_and_says_so(server, has_core_model):
+    if not has_core_model:
+        pytest.skip("this ComfyUI has no ERNIE-Image model of its own")
+    graph = Graph()
+    core = graph.add("CoreModel", file="ernie-image.safetensors")
+    graph.add("SaveLatent", samples=graph.ernie_sampler(model=negative(graph, core)), filename_prefix="test/core")
+    with pytest.raises(HostError, match="this is ComfyUI's own"):
+        server.run(graph.prompt)
+
+
 def test_on_cores_model_all_of_it_acts_as_on_ours(latents, has_core_model):
     if not has_core_model:
         pytest.skip("this ComfyUI has no ERNIE-Image model of its own")
@@ -178,5 +223,5 @@ def test_a_foreign_formula_is_named_when_it_gives_way_and_kept_where_it_can_be(l
 def test_wrong_settings_say_so(server):
     graph = Graph()
     graph.add("SaveLatent", samples=graph.ernie_sampler(model=slg(graph, blocks="99")), filename_prefix="test/bad")
-    with pytest.raises(Exception, match="there is no block 99"):
+    with pytest.raises(HostError, match="there is no block 99"):
         server.run(graph.prompt)

@@ -23,6 +23,7 @@ GUIDANCE = {
     "zero_steps": 0,
 }
 SKIP_LAYERS = {"scale": 0.0, "blocks": "1", "start": 1.0, "end": 0.0}
+NEGATIVE = {"scale": 1.0, "start": 1.0, "end": 0.0, "tau": 2.5, "alpha": 0.25}
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +50,11 @@ def sample(model, *, cfg=4.0, batch=1, seed=3):
 
 
 def patch(node_id, model, **changes):
-    defaults = {"ErnieGuidance": GUIDANCE, "ErnieSkipLayerGuidance": SKIP_LAYERS}[node_id]
+    defaults = {
+        "ErnieGuidance": GUIDANCE,
+        "ErnieSkipLayerGuidance": SKIP_LAYERS,
+        "ErnieNegativeForTurbo": {**NEGATIVE, "negative": text(2, tokens=2)},
+    }[node_id]
     return load_node_classes()[node_id].execute(model=model, **defaults | changes)[0]
 
 
@@ -77,7 +82,7 @@ def test_settings_of_another_method_are_named(run, recording, caplog):
     assert "eta 0.5 is not used by method 'cfg-zero*': it belongs to 'apg'." in caplog.text
 
 
-@pytest.mark.parametrize("node_id", ["ErnieGuidance", "ErnieSkipLayerGuidance"])
+@pytest.mark.parametrize("node_id", ["ErnieGuidance", "ErnieSkipLayerGuidance", "ErnieNegativeForTurbo"])
 def test_neutral_settings_are_the_model_itself(model, node_id):
     assert patch(node_id, model) is model
 
@@ -91,6 +96,7 @@ def test_neutral_settings_are_the_model_itself(model, node_id):
         ("ErnieGuidance", {"method": "apg"}),
         ("ErnieGuidance", {"method": "cfg-zero*"}),
         ("ErnieSkipLayerGuidance", {"scale": 2.0}),
+        ("ErnieNegativeForTurbo", {"scale": 5.0}),
     ],
 )
 def test_each_setting_acts_and_leaves_the_model_as_it_was(model, node_id, changes):
@@ -106,6 +112,29 @@ def test_nodes_in_a_row_act_together(model):
     one = patch("ErnieGuidance", model, **first, **second)
     row = patch("ErnieGuidance", patch("ErnieGuidance", model, **second), **first)
     assert torch.equal(sample(one), sample(row))
+
+
+def test_a_negative_prompt_acts_at_cfg_1_and_beside_guidance(model):
+    """At scale 0 and alpha 1 the image sees the negative prompt alone, whatever the prompt."""
+
+    def step(model, positive):
+        latent, sigmas = host.empty_latent(32, 48, 1), torch.tensor([1.0, 0.5, 0.0])
+        return host.sample(model, positive=positive, negative=None, latent=latent, sigmas=sigmas, cfg=1.0, seed=3)[
+            "samples"
+        ]
+
+    only = patch("ErnieNegativeForTurbo", model, scale=0.0, alpha=1.0, tau=100.0)
+    torch.testing.assert_close(step(only, text(1)), step(model, text(2, tokens=2)), rtol=1e-3, atol=1e-3)
+    both = patch("ErnieGuidance", patch("ErnieNegativeForTurbo", model, scale=5.0), rescale=0.5)
+    assert not torch.allclose(sample(both), sample(patch("ErnieGuidance", model, rescale=0.5)), atol=1e-3)
+
+
+def test_a_second_negative_prompt_is_named(model, caplog):
+    once = patch("ErnieNegativeForTurbo", model, scale=5.0)
+    with caplog.at_level(logging.WARNING):
+        twice = patch("ErnieNegativeForTurbo", once, scale=3.0)
+    assert "only the last one acts" in caplog.text
+    assert torch.equal(sample(twice), sample(patch("ErnieNegativeForTurbo", model, scale=3.0)))
 
 
 def test_skip_layers_is_the_difference_to_the_reduced_model(model):
@@ -136,6 +165,18 @@ def test_skip_layers_is_the_difference_to_the_reduced_model(model):
         ("ErnieSkipLayerGuidance", {"blocks": "first"}, r"block numbers such as 12, 13 or 12-14 expected, got 'first'"),
         ("ErnieSkipLayerGuidance", {"blocks": "1-2-3"}, r"got '1-2-3'"),
         ("ErnieSkipLayerGuidance", {"scale": -1.0}, r"scale must lie between 0 and 100"),
+        ("ErnieNegativeForTurbo", {"scale": -1.0}, r"scale must lie between 0 and 100"),
+        ("ErnieNegativeForTurbo", {"negative": []}, r"one prompt expected as negative, 0 came"),
+        (
+            "ErnieNegativeForTurbo",
+            {"negative": [[torch.zeros(1, 2, 7), {}]]},
+            r"negative \[batch, tokens, \d+\] expected",
+        ),
+        (
+            "ErnieNegativeForTurbo",
+            {"negative": [[torch.full((1, 2, DIT.text_in_dim), float("nan")), {}]]},
+            r"it holds NaN",
+        ),
     ],
 )
 def test_bad_settings_are_refused(model, node_id, changes, message):

@@ -15,6 +15,7 @@ SOCKETS = {
     "ErnieStepCache": {"model": "MODEL"},
     "ErnieGuidance": {"model": "MODEL"},
     "ErnieSkipLayerGuidance": {"model": "MODEL"},
+    "ErnieNegativeForTurbo": {"model": "MODEL", "negative": [["n", {}]]},
 }
 CONTEXT = {
     ("ErnieEmptyLatent", "width"): {"size": "custom"},
@@ -78,6 +79,7 @@ WIDGETS = [
     *[("ErnieGuidance", w) for w in ("method", "start", "end", "rescale", "skip_similarity", "eta", "momentum")],
     *[("ErnieGuidance", w) for w in ("norm_threshold", "zero_steps")],
     *[("ErnieSkipLayerGuidance", w) for w in ("scale", "blocks", "start", "end")],
+    *[("ErnieNegativeForTurbo", w) for w in ("scale", "start", "end", "tau", "alpha")],
     *[("ErnieBatchFromPrompts", w) for w in ("source", "name", "negative", "width", "height", "preset", "steps")],
     *[("ErnieBatchFromPrompts", w) for w in ("cfg", "shift", "seed", "collect", "wildcards")],
     *[("ErnieBatchFromPrompts", w) for w in ("variations", "remake", "made_with")],

@@ -84,6 +84,10 @@ class RecordingHost:
         self._note("set_step_cache", model, cache)
         return model
 
+    def add_nag(self, model, negative, **settings):
+        self._note("add_nag", model, negative, sorted(settings.items()))
+        return model
+
     def add_guidance(self, model, rules):
         self._note("add_guidance", model, tuple(rules))
         return model

@@ -35,6 +35,7 @@ NAMES = [
     "train_dpo",
     "train_lora",
     "turbo",
+    "turbo_negative",
     "variation",
     "wildcards",
     "xy_grid",
