@@ -20,6 +20,7 @@ class ErnieExtension(ComfyExtension):
         from .batch import ErnieBatchFromPrompts
         from .benchmark import ErnieAestheticBenchmark, ErniePromptBenchmark
         from .caching import ErnieStepCache
+        from .compare import ErnieCompareImages
         from .dataset import ErnieDatasetFolder, ErnieDatasetImages, ErniePairsFolder
         from .editing import ErnieEditWords, ErnieInvertPicture, ErnieMixNoise, ErnieVariation
         from .experts import ErnieExpert, ErnieMixExperts
@@ -75,6 +76,7 @@ class ErnieExtension(ComfyExtension):
             ErnieNegativeForTurbo,
             ErnieBatchFromPrompts,
             ErnieXYGrid,
+            ErnieCompareImages,
             ErnieLoadLora,
             ErnieMergeLora,
             ErnieExtractLora,

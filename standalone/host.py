@@ -320,6 +320,12 @@ def save_png(
     session.saved.append(path)
 
 
+def preview_images(images_BHWC: Tensor) -> list[dict[str, str]]:
+    """Write pictures in [0, 1] into the preview folder; {filename, subfolder, type} of each, as ComfyUI names them."""
+    paths = save_images(images_BHWC, folder=preview_folder(), prefix="compare", prompt=None, extra_pnginfo=None)
+    return [{"filename": path.name, "subfolder": "", "type": "temp"} for path in paths]
+
+
 def save_images(
     images: Any, *, folder: Path, prefix: str, prompt: Any, extra_pnginfo: Mapping[str, Any] | None
 ) -> list[Path]:

@@ -27,6 +27,7 @@ from .inpainting import encode, set_inner_iterations
 from .loras import apply_lora, lora_shapes
 from .models import add_nag, make_model, num_blocks, set_shift, skip_blocks
 from .pictures import save_png
+from .previews import preview_images
 from .routes import serve
 from .runtime import (
     block_output,

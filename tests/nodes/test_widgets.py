@@ -11,6 +11,7 @@ SOCKETS = {
     "ErnieSampler": {"model": "MODEL", "positive": [["p", {}]], "negative": [["n", {}]]},
     "ErnieBatchFromPrompts": {"model": "MODEL", "clip": "CLIP", "vae": "VAE"},
     "ErnieDatasetImages": {"images": torch.linspace(0, 1, 2 * 32 * 32 * 3).reshape(2, 32, 32, 3)},
+    "ErnieCompareImages": {"image_a": torch.zeros(1, 16, 16, 3), "image_b": torch.ones(2, 16, 16, 3)},
     "ErnieReducedDepth": {"model": "MODEL"},
     "ErnieStepCache": {"model": "MODEL"},
     "ErnieGuidance": {"model": "MODEL"},
@@ -83,6 +84,7 @@ WIDGETS = [
     *[("ErnieBatchFromPrompts", w) for w in ("source", "name", "negative", "width", "height", "preset", "steps")],
     *[("ErnieBatchFromPrompts", w) for w in ("cfg", "shift", "seed", "collect", "wildcards")],
     *[("ErnieBatchFromPrompts", w) for w in ("variations", "remake", "made_with")],
+    *[("ErnieCompareImages", w) for w in ("label_a", "label_b")],
     *[("ErnieWildcards", w) for w in ("text", "seed", "row", "folder")],
     *[("ErnieLoadImageModel", w) for w in ("weight_dtype", "rope", "load_enhancer")],
     *[("ErnieDatasetFolder", w) for w in ("path", "format", "trigger", "caption_dropout", "missing_caption")],
@@ -161,10 +163,10 @@ def observe(run, recording, node_classes, tmp_path):
             sockets["latent_image"] = recording.empty_latent(32, 32, 1)
         recording.calls.clear()
         try:
-            result = run(node_id, **(sockets | widgets | changes)).result
+            output = run(node_id, **(sockets | widgets | changes))
         except ErnieError as e:
             return str(e)
-        return [str(call) for call in recording.calls], [str(value) for value in result]
+        return [str(call) for call in recording.calls], [str(value) for value in output.result or ()], str(output.ui)
 
     return look
 

@@ -159,6 +159,10 @@ class RecordingHost:
         self._note("save_png", path.parent.name, entries)
         Image.fromarray((image_HWC * 255).byte().numpy()).save(path)
 
+    def preview_images(self, images_BHWC):
+        self._note("preview_images", images_BHWC)
+        return [{"filename": f"{i}.png", "subfolder": "", "type": "temp"} for i in range(len(images_BHWC))]
+
     def progress(self, total):
         return SimpleNamespace(update_absolute=lambda value, total=None, preview=None: None)
 

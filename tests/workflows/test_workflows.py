@@ -15,6 +15,7 @@ NAMES = [
     "batch_prompts",
     "benchmark_scorers",
     "best_of_n",
+    "compare",
     "edit_words",
     "enhanced_prompt",
     "enhancer_on_off",
