@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from . import host
-from .rows import Studio, default_row, remake_input, remake_row, run_rows
+from .rows import default_row, missing_sockets, open_studio, remake_input, remake_row, run_rows
 from .sampling import CUSTOM, MAX_SEED, PRESETS, cfg_input, shift_input, size_inputs, steps_input
 from .wildcards import find_wildcards
 
@@ -46,9 +46,9 @@ class ErnieBatchFromPrompts(io.ComfyNode):
             is_output_node=True,
             not_idempotent=True,
             inputs=[
-                io.Model.Input("model", tooltip="ERNIE-Image model, from these loaders or from core's."),
-                io.Clip.Input("clip", tooltip="Text encoder, from these loaders or from core's."),
-                io.Vae.Input("vae", tooltip="FLUX.2 VAE, from these loaders or from core's."),
+                io.Model.Input("model", lazy=True, tooltip="ERNIE-Image model, from these loaders or from core's."),
+                io.Clip.Input("clip", lazy=True, tooltip="Text encoder, from these loaders or from core's."),
+                io.Vae.Input("vae", lazy=True, tooltip="FLUX.2 VAE, from these loaders or from core's."),
                 io.String.Input(
                     "source",
                     multiline=True,
@@ -125,6 +125,10 @@ class ErnieBatchFromPrompts(io.ComfyNode):
         )
 
     @classmethod
+    def check_lazy_status(cls, **inputs) -> list[str]:
+        return missing_sockets(inputs, ("model", "clip", "vae"))
+
+    @classmethod
     def fingerprint_inputs(cls, source, name, wildcards: bool = False, made_with: str | None = "", **others) -> list:
         """Changes with the files read and with what lies in the folder, so that a deleted picture is made again."""
         from ..ernie_core.batch import fingerprint
@@ -140,7 +144,7 @@ class ErnieBatchFromPrompts(io.ComfyNode):
     ) -> io.NodeOutput:  # fmt: skip
         from ..ernie_core.batch import name_run, read_image, read_rows, run_folder, vary_rows
 
-        studio = Studio(models=[model], clip=clip, vae=vae, hidden=cls.hidden, made_with=made_with)
+        studio = open_studio(models=[model], clip=clip, vae=vae, hidden=cls.hidden, made_with=made_with)
         name = name_run(name, made_with)
         folder = str(run_folder(host.output_folder(), name))
         if remake:

@@ -6,7 +6,7 @@ from comfy_api.latest import io
 
 from . import host
 from .loading import Enhancer
-from .rows import Studio, default_row, remake_input, remake_row, run_rows
+from .rows import Studio, default_row, missing_sockets, open_studio, remake_input, remake_row, run_rows
 from .sampling import CUSTOM, MAX_SEED, PRESETS, cfg_input, shift_input, size_inputs, steps_input
 from .text import MAX_NEW_TOKENS
 
@@ -40,9 +40,9 @@ class ErnieXYGrid(io.ComfyNode):
             is_output_node=True,
             not_idempotent=True,
             inputs=[
-                io.Model.Input("model", tooltip="ERNIE-Image model, from these loaders or from core's."),
-                io.Clip.Input("clip", tooltip="Text encoder, from these loaders or from core's."),
-                io.Vae.Input("vae", tooltip="FLUX.2 VAE, from these loaders or from core's."),
+                io.Model.Input("model", lazy=True, tooltip="ERNIE-Image model, from these loaders or from core's."),
+                io.Clip.Input("clip", lazy=True, tooltip="Text encoder, from these loaders or from core's."),
+                io.Vae.Input("vae", lazy=True, tooltip="FLUX.2 VAE, from these loaders or from core's."),
                 io.String.Input("prompt", multiline=True, default="", tooltip="What every picture shows."),
                 io.String.Input(
                     "name",
@@ -129,9 +129,9 @@ class ErnieXYGrid(io.ComfyNode):
     @classmethod
     def check_lazy_status(cls, **inputs) -> list[str]:
         chosen = {inputs.get(f"{letter}_axis") for letter in "xyz"}
-        wanted = ["enhancer"] if "enhancer" in chosen else []
+        wanted = ["model", "clip", "vae", *(["enhancer"] if "enhancer" in chosen else [])]
         wanted += [f"model_{i}" for i in range(2, VARIANTS + 1)] if "model" in chosen else []
-        return [name for name in wanted if name in inputs and inputs[name] is None]
+        return missing_sockets(inputs, wanted)
 
     @classmethod
     def fingerprint_inputs(cls, name: str, **others) -> list:
@@ -148,7 +148,7 @@ class ErnieXYGrid(io.ComfyNode):
         from ..ernie_core.grid import make_cells
 
         models = [model, *(inputs.pop(f"model_{i}", None) for i in range(2, VARIANTS + 1))]
-        studio = Studio(
+        studio = open_studio(
             models=models, clip=clip, vae=vae, hidden=cls.hidden, enhancer=enhancer, max_new_tokens=max_new_tokens
         )
         if remake:

@@ -123,15 +123,26 @@ class Studio:
         return {**self.painters(), "save": self.save, "on_row": self.announce}
 
 
+def open_studio(**settings) -> Studio:
+    """The studio of a node, which a worker takes before the node reads its rows."""
+    studio = Studio(**settings)
+    host.take_studio(studio)
+    return studio
+
+
+def missing_sockets(inputs: dict[str, Any], names: Sequence[str]) -> list[str]:
+    """Those of the lazy sockets `names` that are connected and not computed; none where rows are made elsewhere."""
+    return [name for name in names if name in inputs and inputs[name] is None] if host.makes_rows_here() else []
+
+
 def run_rows(rows, name: str, studio: Studio):
     """Make what is not there yet in the folder `name`, whose run.json tells how; returns the engine's result."""
     from ..ernie_core.batch import run_folder
-    from ..ernie_core.batch import run_rows as run
     from ..ernie_core.runs import write_run
 
     folder = run_folder(host.output_folder(), name)
     write_run(folder, describe_run(rows, studio.hidden))
-    return run(rows, folder, **studio.callbacks())
+    return host.run_rows(rows, folder, studio)
 
 
 def describe_run(rows, hidden):

@@ -17,11 +17,13 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-from ..ernie_core.batch import MANIFEST, file_name, hash_pixels
+from ..ernie_core.batch import MANIFEST, BatchResult, Row, file_name, hash_pixels
 from ..ernie_core.errors import ErnieError, Interrupted
 from ..ernie_core.runs import RUN, read_run, recorded_pixels
 from . import graph, host, load_node_classes
+from .rows_elsewhere import ENGINES, Cluster, make_elsewhere, make_job
 
 EXIT_DONE, EXIT_FAILED, EXIT_REFUSED, EXIT_INTERRUPTED = 0, 1, 2, 130
 
@@ -51,6 +53,16 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--models", type=Path, help="folder with models (default: $ERNIE_MODELS, else the tiny model)")
     parser.add_argument("--tiny", action="store_true", help="use the tiny model in place of the released files")
+    parser.add_argument(
+        "--engine",
+        choices=ENGINES,
+        default=ENGINES[0],
+        help="who makes the rows of batches and grids: this process (serial), or workers of a Ray cluster (ray)",
+    )
+    parser.add_argument("--address", help="of the Ray cluster, host:port or auto (default: one is started here)")
+    parser.add_argument(
+        "--workers", type=int, default=0, help="with --engine ray: processes, each with its models (default: the GPUs)"
+    )
     parser.add_argument(
         "--list",
         action="store_true",
@@ -86,6 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             list_inputs(workflow, classes)
             return EXIT_DONE
         graph.validate(workflow.prompt, classes)
+        send_rows(args, workflow)
     except ErnieError as e:
         tell(f"error: {e}")
         return EXIT_REFUSED
@@ -118,21 +131,22 @@ def remake(args: argparse.Namespace) -> int:
         folder = args.run if args.run.is_dir() else args.run.parent
         if made.prompt is None or made.node is None:
             raise ErnieError("this run.json holds no graph: make the row again with the node's own remake input.")
-        name = Path(str(made.prompt[made.node]["inputs"].get("name", "")).strip())
-        output = args.out or folder.resolve().parents[len(name.parts) - 1]
+        depth = len(Path(str(made.prompt[made.node]["inputs"].get("name", "")).strip()).parts)
+        name = Path(*folder.resolve().parts[-depth:])  # as it is called now, with what made_with added
+        output = args.out or folder.resolve().parents[depth - 1]
         if args.out is not None:
             (output / name).mkdir(parents=True, exist_ok=True)
             for file in (RUN, MANIFEST):
                 source = args.run if file == RUN and args.run.is_file() else folder / file
                 if source.is_file() and source.resolve() != (output / name / file).resolve():
                     shutil.copyfile(source, output / name / file)
-        elif (output / name / RUN).resolve() != (args.run / RUN if args.run.is_dir() else args.run).resolve():
-            raise ErnieError(f"{args.run} was moved or is an earlier run: name a folder for the picture with --out.")
+        elif not args.run.is_dir() and args.run.name != RUN:
+            raise ErnieError(f"{args.run} is an earlier run: name a folder for the picture with --out.")
         args.workflow, args.out = None, output
         configure(args)
         classes = load_node_classes()
         workflow = graph.parse_workflow(made.prompt, classes)
-        workflow.prompt[made.node]["inputs"]["remake"] = args.row
+        workflow.prompt[made.node]["inputs"] |= {"remake": args.row, "name": name.as_posix(), "made_with": ""}
         graph.validate(workflow.prompt, classes)
     except ErnieError as e:
         tell(f"error: {e}")
@@ -155,6 +169,23 @@ def configure(args: argparse.Namespace) -> None:
         output=args.out,
         input=args.input or (beside if beside.is_dir() else Path("input")),
     )
+
+
+def send_rows(args: argparse.Namespace, workflow: graph.Workflow) -> None:
+    """Have the rows of batches and grids made by workers, if the command line says so."""
+    if args.engine == "serial":
+        if args.address or args.workers:
+            raise ErnieError("--address and --workers are for --engine ray: add it, or leave them out.")
+        return
+    if args.workers < 0:
+        raise ErnieError(f"--workers must be 0 (one per GPU) or more, got {args.workers}.")
+    cluster = Cluster(address=args.address, workers=args.workers)
+
+    def make(rows: Sequence[Row], folder: Path, studio: Any) -> BatchResult:
+        job = make_job(workflow, studio.hidden.unique_id)
+        return make_elsewhere(rows, folder, job, cluster, on_row=studio.announce)
+
+    host.session.make_rows = make
 
 
 def run(workflow: graph.Workflow, classes: graph.NodeClasses) -> int:

@@ -594,12 +594,14 @@ def run_prompt(
     *,
     result: RunResult | None = None,
     around: Callable[[str, str], contextlib.AbstractContextManager] | None = None,
+    only: str | None = None,
 ) -> RunResult:
     """Run every needed node once, output by output; call `validate` first.
 
     Args:
         result: filled while the run goes on, so that a caller who catches an exception has what was finished.
         around: entered with (node id, title) around each node.
+        only: id of the one output node to run, with what it needs; None = all of them.
 
     Raises:
         NodeFailed: a node raised; names it.
@@ -608,7 +610,7 @@ def run_prompt(
     result = result or RunResult()
     run = _Run(workflow=workflow, classes=classes, result=result, around=around)
     for node_id in run.links:
-        if classes[workflow.prompt[node_id]["class_type"]].OUTPUT_NODE:
+        if classes[workflow.prompt[node_id]["class_type"]].OUTPUT_NODE and only in (None, node_id):
             run.compute(node_id)
     return result
 

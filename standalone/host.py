@@ -67,6 +67,10 @@ class Session:
     saved: list[Path] = field(default_factory=list)
     shown: dict[str, str] = field(default_factory=dict)
     """Text that nodes showed, by node id."""
+    on_studio: Callable[[Any], None] | None = None
+    """Called with what makes a node's rows, before the node reads them; a worker takes it and leaves the graph."""
+    make_rows: Callable[..., Any] | None = None
+    """What makes rows in the place of the engine's `run_rows`: workers elsewhere. None = this process."""
 
 
 session = Session()
@@ -196,6 +200,28 @@ def lora_path(name: str) -> Path:
     if not path.is_file():
         raise ErnieError(f"{name!r} expected in {loras_folder()}, it is not there; choose another.")
     return path
+
+
+def take_studio(studio: Any) -> None:
+    """Tell a worker what makes the rows of the node that is running."""
+    if session.on_studio is not None:
+        session.on_studio(studio)
+
+
+def makes_rows_here() -> bool:
+    """Whether this process makes the rows of batches and grids, and so needs their models."""
+    return session.make_rows is None
+
+
+def run_rows(rows: Sequence[Any], folder: Path, studio: Any) -> Any:
+    """Return the engine's result of a batch or grid, made here or by workers elsewhere."""
+    from ..ernie_core import batch
+
+    if session.make_rows is None:
+        return batch.run_rows(rows, folder, **studio.callbacks())
+    result = session.make_rows(rows, folder, studio)
+    session.saved += result.files
+    return result
 
 
 def preview_folder() -> Path:

@@ -5,6 +5,7 @@ about the host are from 0.12.1 and 0.33.0. Host modules are imported where they 
 imported anywhere.
 """
 
+from .batches import makes_rows_here, run_rows, take_studio
 from .cache import set_step_cache
 from .editing import sample_branches
 from .experts import set_experts

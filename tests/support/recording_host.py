@@ -20,6 +20,17 @@ class RecordingHost:
     def host_version(self):
         return None
 
+    def take_studio(self, studio):
+        pass
+
+    def makes_rows_here(self):
+        return True
+
+    def run_rows(self, rows, folder, studio):
+        from ernie_pack.ernie_core import batch
+
+        return batch.run_rows(rows, folder, **studio.callbacks())
+
     def list_models(self, kind):
         return {"vae": ["v1.safetensors", "v2.safetensors"]}.get(kind, ["a.safetensors", "b.safetensors", "official/"])
 
