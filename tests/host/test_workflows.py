@@ -48,8 +48,11 @@ def test_it_runs(path, server, api_workflows):
         found = [p.relative_to(root) for p in sorted(folder.rglob("*.png"))]
         files = [{"filename": p.name, "subfolder": p.parent.as_posix()} for p in found]
     assert len(files) == made
+    enhances = any(node["class_type"] == "ErnieEnhancePrompt" for node in small.values())
     for file in files:
-        check_picture(server.picture(file))
+        image = server.picture(file)
+        check_picture(image)
+        assert enhances == ("ernie_enhanced" in image.info)  # core's SaveImage writes what our node noted
     assert complaints(server.log_text()[len(before) :]) == []
 
 
