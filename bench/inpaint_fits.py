@@ -148,7 +148,7 @@ def judge(tasks: Sequence[Task], pictures: Sequence[Tensor]) -> dict[str, Any]:
     return {"right": right, "changed": max(changes), "background_error": float(np.mean(errors)) if errors else None}
 
 
-HARD = InnerIterations(iterations=5)
+HARD = InnerIterations(iterations=3)
 CASES: dict[str, tuple[str, InnerIterations | None]] = {
     "object, plain": ("object", None),
     "half, plain": ("half", None),
