@@ -59,6 +59,8 @@ class Row:
     """Which of the connected models."""
     loras: tuple[tuple[str, float], ...] = ()
     """(file name, strength) of LoRAs on top of what the model has."""
+    sampler: str = "euler"
+    """One of `config.SAMPLERS`."""
 
     @property
     def hash(self) -> str:

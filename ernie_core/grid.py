@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from .batch import Row, check_row
+from .config import SAMPLERS
 from .errors import ErnieError
 from .lettering import PAPER, text_width, wrap, write
 
@@ -230,6 +231,13 @@ def _enhancer_values(entries: Sequence[str], offers: Offers) -> Iterator[Value]:
         yield Value(label=f"enhancer {entry.lower()}", change=_set("enhance", on))
 
 
+def _sampler_values(entries: Sequence[str], _offers: Offers) -> Iterator[Value]:
+    for entry in entries:
+        if entry not in SAMPLERS:
+            raise ErnieError(f"the axis sampler has the value {entry!r}; each is one of {', '.join(SAMPLERS)}.")
+        yield Value(label=entry, change=_set("sampler", entry))
+
+
 def _no_values(_entries: Sequence[str], _offers: Offers) -> Iterator[Value]:
     return iter(())
 
@@ -240,6 +248,7 @@ AXES: dict[str, Callable[[Sequence[str], Offers], Iterator[Value]]] = {
     "steps": _numbers("steps", whole=True),
     "cfg": _numbers("cfg", whole=False),
     "shift": _numbers("shift", whole=False),
+    "sampler": _sampler_values,
     "LoRA": _lora_values,
     "prompt part": _prompt_values,
     "enhancer": _enhancer_values,
@@ -251,6 +260,7 @@ _HINTS = {
     "steps": "write 8, 20, 50",
     "cfg": "write 1, 2.5, 4, or 1-4:0.5",
     "shift": "write 1, 3, 4",
+    "sampler": f"write {', '.join(SAMPLERS[:3])}",
     "LoRA": "write none, style:0.8, style:0-1:0.25, or style:1 + person:0.6",
     "prompt part": "write the part to replace first, then what to put in its place: red, blue, green",
     "enhancer": "write off, on",

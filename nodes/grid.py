@@ -13,7 +13,7 @@ from .text import MAX_NEW_TOKENS
 CATEGORY = "ERNIE/compare"
 VARIANTS = 4
 # What ernie_core.grid.AXES offers; a test holds the two together (the engine is not imported before a node runs).
-AXES = ("none", "seed", "steps", "cfg", "shift", "LoRA", "prompt part", "enhancer", "checkpoint", "model")
+AXES = ("none", "seed", "steps", "cfg", "shift", "sampler", "LoRA", "prompt part", "enhancer", "checkpoint", "model")
 VALUES_TOOLTIP = (
     "Values of the %s axis, separated by commas or one per line; numbers may be ranges (1-4, 0-1:0.25). LoRA: "
     "file:strength, + joins several. Prompt part: the part to replace, then what replaces it. Model: 1, 2:name."

@@ -14,7 +14,7 @@ from . import host
 from .sampling import preset_settings
 
 # The official pipeline's; one seed, so that rows differ in what they say they differ in.
-ENHANCER_SETTINGS = {"seed": 0, "temperature": 0.6, "top_p": 0.95, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+ENHANCER_SETTINGS = {"temperature": 0.6, "top_p": 0.95, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
 
 
 @dataclass(kw_only=True)
@@ -40,8 +40,6 @@ class Studio:
 
     def write(self, row) -> str:
         """The text to encode: the prompt, or what the enhancer makes of it."""
-        from .text import enhance
-
         if not row.enhance:
             return row.prompt
         key = (row.prompt, row.width, row.height)
@@ -49,7 +47,9 @@ class Studio:
             if self.enhancer is None:
                 raise ErnieError(f"{row.label} asks for the enhancer, but none is connected.")
             settings = {**ENHANCER_SETTINGS, "max_new_tokens": self.max_new_tokens}
-            self._written[key] = enhance(self.enhancer, *key, settings, self.hidden.unique_id)
+            (self._written[key],) = self.enhancer.enhance_variants(
+                *key, seeds=[0], on_token=lambda _, text: host.show_text(self.hidden.unique_id, text), **settings
+            )
         return self._written[key]
 
     def model(self, row):
@@ -81,6 +81,7 @@ class Studio:
 
     def generate(self, row, positive, negative):
         """One picture [H, W, 3] in [0, 1]."""
+        from ..ernie_core.sampling.samplers import Sampler
         from ..ernie_core.sampling.schedule import make_sigmas
 
         latent = host.sample(
@@ -91,6 +92,7 @@ class Studio:
             sigmas=make_sigmas(row.steps, shift=row.shift),
             cfg=row.cfg,
             seed=row.seed,
+            sampler=Sampler(name=row.sampler),
         )
         return host.decode(self.vae, latent)[0]
 

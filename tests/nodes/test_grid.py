@@ -60,13 +60,21 @@ def grid(node, sockets):
 def alone(node, sockets):
     """alone(...) -> the picture of these settings, step by step through the other nodes."""
 
-    def paint(model=None, prompt="a red fox", steps=2, cfg=2.0, shift=4.0, seed=5):
+    def paint(model=None, prompt="a red fox", steps=2, cfg=2.0, shift=4.0, seed=5, sampler="euler"):
         encoded = {
             name: node("ErnieEncodePrompt", clip=sockets["clip"], prompt=text)[0]
             for name, text in (("positive", prompt), ("negative", "bad"))
         }
         (latent,) = node("ErnieEmptyLatent", size="custom", width=64, height=32, batch_size=1)
-        settings = {"preset": "custom", "steps": steps, "cfg": cfg, "shift": shift, "seed": seed, "denoise": 1.0}
+        settings = {
+            "preset": "custom",
+            "steps": steps,
+            "cfg": cfg,
+            "shift": shift,
+            "seed": seed,
+            "denoise": 1.0,
+            "sampler": sampler,
+        }
         (latent,) = node("ErnieSampler", model=model or sockets["model"], latent_image=latent, **encoded, **settings)
         return (host.decode(sockets["vae"], latent) * 255).to(torch.uint8)
 
@@ -84,6 +92,7 @@ def as_bytes(image):
         ("steps", "1, 3", [{"steps": 1}, {"steps": 3}]),
         ("cfg", "1, 3", [{"cfg": 1.0}, {"cfg": 3.0}]),
         ("shift", "1, 4", [{"shift": 1.0}, {"shift": 4.0}]),
+        ("sampler", "euler, heun", [{"sampler": "euler"}, {"sampler": "heun"}]),
         ("prompt part", "red, blue", [{"prompt": "a red fox"}, {"prompt": "a blue fox"}]),
     ],
 )
