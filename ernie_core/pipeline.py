@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .config import BASE, check_size
 from .errors import ErnieError
-from .model.attention import attention
+from .model.attention import AttentionFunction, attention
 from .model.dit import DiT, RunBlock, call_block
 from .model.enhancer import Enhancer
 from .model.rope import RopeTable
@@ -25,6 +25,7 @@ from .model.vae import VAE
 from .sampling.guidance import Denoise, with_cfg
 from .sampling.latents import latent_size, make_noise, mix_noise, step_noise
 from .sampling.nag import Nag, nag_inputs
+from .sampling.regions import RegionPlan, Regions, check_alone
 from .sampling.samplers import OnStep, Sampler
 from .sampling.schedule import NUM_TRAIN_TIMESTEPS, make_sigmas
 
@@ -37,13 +38,15 @@ def make_denoise(
     *,
     run_block: RunBlock = call_block,
     nag: Nag | None = None,
+    regions: Regions | None = None,
 ) -> Denoise:
     """denoise(x, sigma) conditioned on `texts` (one [T_i, D] per picture), the RoPE table computed once for the run.
 
-    `run_block`: as in `DiT.forward`. `nag`: a negative prompt in the attention, for texts of one length.
+    `run_block`: as in `DiT.forward`. `nag`: a negative prompt in the attention, for texts of one length. `regions`:
+    each of `texts` is several, one behind the other, for these regions of the picture.
 
     Raises:
-        ErnieError: `nag` with texts of different lengths.
+        ErnieError: `nag` with texts of different lengths or with regions; texts of `regions` not as long as `texts`.
     """
     weight = transformer.text_proj.weight if transformer.text_proj is not None else transformer.final_linear.weight
     device, dtype = weight.device, weight.dtype
@@ -53,7 +56,16 @@ def make_denoise(
     def rope_for(*lengths: int) -> RopeTable:
         return transformer.rope(height_lat, width_lat, lengths, device=device, dtype=dtype)
 
-    rope = rope_for(*text_lengths)
+    attend: AttentionFunction = attention
+    if regions is None:
+        rope = rope_for(*text_lengths)
+    else:
+        check_alone(nag is not None and not nag.is_neutral)
+        plan = RegionPlan(regions, height_lat, width_lat, text_length=text_BTD.shape[1], device=device)
+        c = transformer.config
+        rope = plan.rope(axes_dim=c.rope_axes_dim, theta=c.rope_theta, device=device, dtype=dtype)
+        text_BTD, attend = text_BTD[:, plan.text_index], plan.through()
+        text_lengths = [text_BTD.shape[1]] * len(texts)
     under_nag: dict[str, Any] = {}
     if nag is not None and not nag.is_neutral:
         if len(set(text_lengths)) > 1:
@@ -67,7 +79,9 @@ def make_denoise(
         x_BCHW = x_BCHW.to(device, dtype)
         if under_nag and nag is not None and nag.acts_at(sigma):
             return transformer(x_BCHW, timesteps, run_block=run_block, **under_nag)
-        return transformer(x_BCHW, timesteps, text_BTD, text_lengths=text_lengths, rope=rope, run_block=run_block)
+        return transformer(
+            x_BCHW, timesteps, text_BTD, text_lengths=text_lengths, rope=rope, attend=attend, run_block=run_block
+        )
 
     return denoise
 

@@ -36,6 +36,7 @@ class ErnieExtension(ComfyExtension):
         )
         from .lora import ErnieConvertLora, ErnieExtractLora, ErnieLoadLora, ErnieMergeLora, ErnieResizeLora
         from .recipes import ErnieRecipe, ErnieRecipeDPO, ErnieTrainingModels
+        from .regions import ErnieRegionalPrompt
         from .sampling import ErnieEmptyLatent, ErnieSampler, ErnieSamplerSelect, ErnieSigmas
         from .scoring import (
             ErnieBestOfN,
@@ -67,6 +68,7 @@ class ErnieExtension(ComfyExtension):
             ErnieInpaintPrepare,
             ErnieInpaintStitch,
             ErnieHardInpaint,
+            ErnieRegionalPrompt,
             ErnieEditWords,
             ErnieVariation,
             ErnieInvertPicture,

@@ -499,6 +499,76 @@ class SetLatentNoiseMask(io.ComfyNode):
         return io.NodeOutput({**samples, "noise_mask": mask.reshape((-1, 1, *mask.shape[-2:]))})
 
 
+class SolidMask(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        sides = [io.Int.Input(side, default=512, min=1, max=MAX_SIZE) for side in ("width", "height")]
+        return io.Schema(
+            node_id="SolidMask",
+            display_name="SolidMask",
+            category="mask",
+            inputs=[io.Float.Input("value", default=1.0, min=0.0, max=1.0, step=0.01), *sides],
+            outputs=[io.Mask.Output()],
+        )
+
+    @classmethod
+    def execute(cls, value: float, width: int, height: int) -> io.NodeOutput:
+        import torch
+
+        return io.NodeOutput(torch.full((1, height, width), value))
+
+
+class InvertMask(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="InvertMask",
+            display_name="InvertMask",
+            category="mask",
+            inputs=[io.Mask.Input("mask")],
+            outputs=[io.Mask.Output()],
+        )
+
+    @classmethod
+    def execute(cls, mask: Tensor) -> io.NodeOutput:
+        return io.NodeOutput(1 - mask)
+
+
+class MaskComposite(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="MaskComposite",
+            display_name="MaskComposite",
+            category="mask",
+            inputs=[
+                io.Mask.Input("destination"),
+                io.Mask.Input("source"),
+                *[io.Int.Input(name, default=0, min=0, max=MAX_SIZE) for name in ("x", "y")],
+                io.Combo.Input("operation", options=list(MASK_OPERATIONS)),
+            ],
+            outputs=[io.Mask.Output()],
+        )
+
+    @classmethod
+    def execute(cls, destination: Tensor, source: Tensor, x: int, y: int, operation: str) -> io.NodeOutput:
+        out = destination.reshape(-1, *destination.shape[-2:]).clone()
+        source = source.reshape(-1, *source.shape[-2:])
+        part = out[:, y : y + source.shape[1], x : x + source.shape[2]]
+        part.copy_(MASK_OPERATIONS[operation](part, source[:, : part.shape[1], : part.shape[2]]).clamp(0, 1))
+        return io.NodeOutput(out)
+
+
+MASK_OPERATIONS = {
+    "multiply": lambda a, b: a * b,
+    "add": lambda a, b: a + b,
+    "subtract": lambda a, b: a - b,
+    "and": lambda a, b: (a.round().bool() & b.round().bool()).float(),
+    "or": lambda a, b: (a.round().bool() | b.round().bool()).float(),
+    "xor": lambda a, b: (a.round().bool() ^ b.round().bool()).float(),
+}
+
+
 class VAEDecode(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -867,6 +937,9 @@ NODES: tuple[type[io.ComfyNode], ...] = (
     SamplerCustomAdvanced,
     EmptyFlux2LatentImage,
     SetLatentNoiseMask,
+    SolidMask,
+    InvertMask,
+    MaskComposite,
     VAEDecode,
     VAEDecodeTiled,
     VAEEncode,

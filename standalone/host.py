@@ -879,6 +879,13 @@ def sample_branches(
     return _with_samples(latent, x.cpu().clone())
 
 
+def add_region(conditioning: list, region: list, mask: Tensor, strength: float) -> list:
+    """Return CONDITIONING with one region more; see the engine's `add_region`."""
+    from ..ernie_core.sampling import regions
+
+    return regions.add_region(conditioning, region, mask, strength)
+
+
 def _denoise_of(
     model: Model,
     positive: list,
@@ -953,21 +960,23 @@ def _make_denoise(
     """Return denoise(x, sigma) under one prompt; a conditioning batch repeats to the latent's batch, as on the host."""
     from ..ernie_core.model.dit import call_block
     from ..ernie_core.pipeline import make_denoise
+    from ..ernie_core.sampling.regions import REGIONS_KEY
 
     def run_kept(index: int, block: Any, x: Tensor, *inputs: Any) -> Tensor:
         return x if index in skip else call_block(index, block, x, *inputs)
 
-    text_BTD = conditioning[0][0]
+    text_BTD, extras = conditioning[0]
     texts = [text_BTD[i % len(text_BTD)] for i in range(batch)]
+    regions = extras.get(REGIONS_KEY)
     run_block = run_kept if skip else call_block
     if cache is None:
-        return make_denoise(dit, texts, *size, run_block=run_block, nag=nag)
+        return make_denoise(dit, texts, *size, run_block=run_block, nag=nag, regions=regions)
     now = run_block
 
     def cached_block(index: int, block: Any, *inputs: Any) -> Tensor:
         return now(index, block, *inputs)
 
-    denoise = make_denoise(dit, texts, *size, run_block=cached_block, nag=nag)
+    denoise = make_denoise(dit, texts, *size, run_block=cached_block, nag=nag, regions=regions)
 
     def cached(x: Tensor, sigma: float) -> Tensor:
         nonlocal now

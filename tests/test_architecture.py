@@ -29,6 +29,7 @@ LEVELS = [
         "model.enhancer",
         "sampling.samplers",
         "sampling.flow_edit",
+        "sampling.regions",
         "sampling.cache",
         "sampling.nag",
     },

@@ -29,6 +29,7 @@ from .loras import apply_lora, lora_shapes
 from .models import add_nag, make_model, num_blocks, set_shift, skip_blocks
 from .pictures import save_png
 from .previews import preview_images
+from .regions import add_region
 from .routes import serve
 from .runtime import (
     block_output,

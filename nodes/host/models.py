@@ -18,6 +18,7 @@ from ...ernie_core.model.dit import DiT, RunBlock, call_block
 from ...ernie_core.model.rope import RopeTable
 from ...ernie_core.sampling.inputs import LATENT_CHANNELS
 from ...ernie_core.sampling.nag import nag_from, nag_inputs
+from ...ernie_core.sampling.regions import REGIONS_KEY, RegionPlan, check_alone
 from ...ernie_core.sampling.schedule import NUM_TRAIN_TIMESTEPS
 
 logger = logging.getLogger(__name__)
@@ -137,6 +138,8 @@ def _model_classes() -> tuple[type, type]:
             out = comfy.model_base.BaseModel.extra_conds(self, **kwargs)
             if kwargs.get("cross_attn") is not None:
                 out["c_crossattn"] = comfy.conds.CONDRegular(kwargs["cross_attn"])
+            if kwargs.get(REGIONS_KEY) is not None:
+                out[REGIONS_KEY] = comfy.conds.CONDConstant(kwargs[REGIONS_KEY])
             return out
 
         def process_timestep(self, timestep, **kwargs):
@@ -168,25 +171,45 @@ def _adapter_class() -> type:
         def __init__(self, *, dtype, device, operations, image_model, **config):
             super().__init__(DiTConfig.from_dict(config), ops=operations, dtype=dtype, device=device)
             self.dtype = dtype
-            self._run_tables: dict[int, dict[tuple, RopeTable]] = {}
+            self._run_tables: dict[int, dict[tuple, Any]] = {}
 
-        def _rope_of_run(self, x, text_length: int, options: dict[str, Any]) -> RopeTable:
-            """The table for this latent and text, computed once per sampling run and gone with it.
+        def _tables_of_run(self, options: dict[str, Any]) -> dict[tuple, Any]:
+            """What is computed once per sampling run and gone with it.
 
             A run is known by its sigmas, a tensor that the host hands to every call and drops at the end.
             """
             sigmas = options.get("sample_sigmas")
-            tables: dict[tuple, RopeTable] = {}
-            if sigmas is not None:
-                if id(sigmas) not in self._run_tables:
-                    weakref.finalize(sigmas, self._run_tables.pop, id(sigmas), None)
-                tables = self._run_tables.setdefault(id(sigmas), tables)
+            if sigmas is None:
+                return {}
+            if id(sigmas) not in self._run_tables:
+                weakref.finalize(sigmas, self._run_tables.pop, id(sigmas), None)
+            return self._run_tables.setdefault(id(sigmas), {})
+
+        def _rope_of_run(self, x, text_length: int, options: dict[str, Any]) -> RopeTable:
+            """The table for this latent and text, computed once per sampling run."""
+            tables = self._tables_of_run(options)
             rope_options = options.get("rope_options") or {}
             key = (*x.shape[2:], text_length, x.device, x.dtype, *sorted(rope_options.items()))
             if key not in tables:
                 tables[key] = self.rope(
                     *x.shape[2:], [text_length], device=x.device, dtype=x.dtype, options=rope_options
                 )
+            return tables[key]
+
+        def _regions_of_run(
+            self, regions, x, text_length: int, options: dict[str, Any]
+        ) -> tuple[RegionPlan, RopeTable]:
+            """Who attends to whom and where all tokens stand, computed once per sampling run."""
+            tables = self._tables_of_run(options)
+            rope_options = options.get("rope_options") or {}
+            key = (id(regions), *x.shape[2:], text_length, x.device, x.dtype, *sorted(rope_options.items()))
+            if key not in tables:
+                p, c = self.config.patch_size, self.config
+                plan = RegionPlan(regions, x.shape[2] // p, x.shape[3] // p, text_length=text_length, device=x.device)
+                rope = plan.rope(
+                    axes_dim=c.rope_axes_dim, theta=c.rope_theta, device=x.device, dtype=x.dtype, options=rope_options
+                )
+                tables[key] = plan, rope
             return tables[key]
 
         def forward(self, x, timesteps, context=None, control=None, transformer_options={}, **kwargs):  # noqa: B006
@@ -206,10 +229,23 @@ def _adapter_class() -> type:
                 out = optimized_attention(q, k, v, heads, transformer_options=options)
                 return out.unflatten(-1, (heads, -1))
 
+            def attend_biased(q_BSNK, k_BSNK, v_BSNK, bias_S):
+                heads = q_BSNK.shape[2]
+                q, k, v = (t.flatten(2) for t in (q_BSNK, k_BSNK, v_BSNK))
+                mask = bias_S.expand(1, 1, q.shape[1], -1)
+                out = optimized_attention(q, k, v, heads, mask=mask, transformer_options=options)
+                return out.unflatten(-1, (heads, -1))
+
+            regions = kwargs.get(REGIONS_KEY)
             nag = options.get(NAG_KEY)
             if nag is not None and nag.acts_at(float(options["sigmas"].max())):
+                check_alone(regions is not None)
                 return self._forward_with_nag(nag, x, timesteps, context, attend, options)
-            rope = self._rope_of_run(x, context.shape[1], options)
+            if regions is None:
+                rope = self._rope_of_run(x, context.shape[1], options)
+            else:
+                plan, rope = self._regions_of_run(regions, x, context.shape[1], options)
+                attend, context = plan.through(attend, attend_biased), context[:, plan.text_index]
             run_block = self._run_block(timesteps, options)
             return super().forward(
                 x, timesteps, context, rope=rope, attend=attend, run_block=run_block, transformer_options=options

@@ -225,6 +225,7 @@ def test_no_widget_is_left_out_above(node_classes, recording):
         for item in node_classes[node_id].GET_SCHEMA().inputs
         if item.get_io_type() in ("COMBO", "BOOLEAN", "STRING", "INT", "FLOAT")
     }
+    elsewhere |= {("ErnieRegionalPrompt", "strength")}  # in test_regions.py of the engine
     elsewhere |= {  # all of these in test_editing.py, by what reaches the engine
         (node_id, item.id)
         for node_id in ("ErnieEditWords", "ErnieVariation", "ErnieInvertPicture", "ErnieMixNoise")

@@ -145,6 +145,10 @@ class RecordingHost:
         self._note("make_sampler", sampler)
         return "SAMPLER"
 
+    def add_region(self, conditioning, region, mask, strength):
+        self._note("add_region", conditioning, region, mask, strength)
+        return conditioning
+
     def sample_branches(self, model, *, branches, latent, sigmas, run, steps):
         self._note("sample_branches", model, branches, latent["samples"].shape, sigmas, run, steps)
         return latent

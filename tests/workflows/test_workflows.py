@@ -29,6 +29,7 @@ NAMES = [
     "mixed_with_core_nodes",
     "outpaint",
     "preference_loop",
+    "regional_prompts",
     "score_folder",
     "step_cache",
     "text_to_image",
