@@ -24,6 +24,7 @@ BENCHMARKS = {
 LESSONS = {
     "lora": "lora_learns",
     "dpo": "dpo_prefers",
+    "edit": "edit_words",
     "options": "regions_styles_depth",
     "guidance": "guidance_helps",
     "inpaint": "inpaint_fits",
