@@ -2,7 +2,8 @@
 
 Edits: 120 held-out scenes, 30 each with another colour, shape, background and place. The picture that the model paints
 of the first caption is edited with the two canonical captions. Right = the asked fact is there *and* colour, shape,
-size, place and background besides it are as before. Scenes whose picture is wrong before the edit are left out and counted.
+size, place and background besides it are as before. Scenes whose picture is wrong before the
+edit are left out and counted.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ def edit_all(
 
 
 def judge(cases: Sequence[tuple[Scene, Scene, str]], kept: Sequence[bool], pictures: np.ndarray) -> dict[str, float]:
-    """Shares of right edits, in all and by what was asked; of those with the asked fact; of those that kept the rest."""
+    """Shares of right edits, in all and by what was asked; with the asked fact; with the rest as it was."""
     found: dict[str, list[bool]] = {}
     for (_, wanted, fact), keep, picture in zip(cases, kept, pictures, strict=True):
         if not keep:
