@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 from collections.abc import Sequence
+from pathlib import Path
 
 # name on the command line -> module; `all` runs them in this order
 BENCHMARKS = {
@@ -30,6 +31,7 @@ LESSONS = {
     "inpaint": "inpaint_fits",
     "negative": "negative_helps",
     "samplers": "samplers_pay",
+    "calibrate": "calibrate_cache",
     "cache": "cache_saves",
 }
 
@@ -44,7 +46,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="NAME",
         help=f"{'|'.join(BENCHMARKS)}, all of these; or, minutes each: {'|'.join(LESSONS)}, all of these: lessons",
     )
-    names = parser.parse_args(arguments).names
+    parser.add_argument(
+        "--model", type=Path, help="official folder to calibrate the step cache on; read by calibrate, given alone"
+    )
+    asked = parser.parse_args(arguments)
+    names = asked.names
+    if asked.model is not None and names != ["calibrate"]:
+        parser.error("--model is read by calibrate alone: python -m bench calibrate --model FOLDER")
     if "all" in names:
         names = list(BENCHMARKS)
     if "lessons" in names:
@@ -59,6 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for line in heading_lines():
         print(line)
     for name in names:
-        for row in importlib.import_module(f".{(BENCHMARKS | LESSONS)[name]}", __package__).measure():
+        options = {} if asked.model is None else {"folder": asked.model}
+        for row in importlib.import_module(f".{(BENCHMARKS | LESSONS)[name]}", __package__).measure(**options):
             print(table_line(row.cells()), flush=True)
     return 0

@@ -20,6 +20,9 @@ MAX_STEPS = 1000
 # functions of sampling.samplers; the last two draw new noise as they go
 SAMPLERS = ("euler", "heun", "dpmpp_2m", "unipc", "euler_ancestral", "dpmpp_2m_sde")
 
+# what a step cache compares between evaluations, see sampling.cache
+CACHE_SIGNALS = ("first_block", "modulated_input")
+
 # width x height, model card of baidu/ERNIE-Image
 OFFICIAL_SIZES: tuple[tuple[int, int], ...] = (
     (1024, 1024),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
+from ..ernie_core.config import CACHE_SIGNALS
 from . import host
 
 
@@ -14,7 +15,7 @@ class ErnieStepCache(io.ComfyNode):
             node_id="ErnieStepCache",
             display_name="Step Cache (ERNIE)",
             category="ERNIE/model",
-            description="Runs only the first block in steps where little has changed, for the 50-step model.",
+            description="Leaves most of the network out in steps where little has changed, for the 50-step model.",
             inputs=[
                 io.Model.Input("model", tooltip="ERNIE-Image model from these loaders, with or without LoRA."),
                 io.Float.Input(
@@ -24,9 +25,8 @@ class ErnieStepCache(io.ComfyNode):
                     max=1.0,
                     step=0.01,
                     round=0.0001,
-                    tooltip="How much the first block's addition may have changed since the last whole evaluation, "
-                    "as a share of it, 0 to 1. Higher leaves more out and follows the picture less. 0 (neutral) = "
-                    "nothing.",
+                    tooltip="How much the signal may have changed since the last whole evaluation, as a share of it, "
+                    "0 to 1. Higher leaves more out and follows the picture less. 0 (neutral) = nothing.",
                 ),
                 io.Float.Input(
                     "start",
@@ -56,6 +56,15 @@ class ErnieStepCache(io.ComfyNode):
                     tooltip="How many evaluations of a prompt in a row are left out at most, 0 to 1000. 0 (neutral) = "
                     "none.",
                 ),
+                io.Combo.Input(
+                    "signal",
+                    options=list(CACHE_SIGNALS),
+                    default=CACHE_SIGNALS[0],
+                    tooltip="What is compared. first_block: what the first block adds; it always runs. "
+                    "modulated_input: what the first block would read, rescaled by a calibration and summed up; no "
+                    "block runs where it is left out. The same threshold means another thing for each.",
+                    optional=True,
+                ),
             ],
             outputs=[
                 io.Model.Output(
@@ -67,8 +76,10 @@ class ErnieStepCache(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, threshold: float, start: float, end: float, max_skips: int) -> io.NodeOutput:
+    def execute(
+        cls, model, threshold: float, start: float, end: float, max_skips: int, signal: str = CACHE_SIGNALS[0]
+    ) -> io.NodeOutput:
         from ..ernie_core.sampling.cache import StepCache
 
-        cache = StepCache(threshold=threshold, start=start, end=end, max_skips=max_skips)
+        cache = StepCache(threshold=threshold, start=start, end=end, max_skips=max_skips, signal=signal)
         return io.NodeOutput(host.set_step_cache(model, cache, node_id=cls.hidden.unique_id))

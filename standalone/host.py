@@ -578,7 +578,7 @@ def _step_cache_run(model: Model) -> Iterator[Any]:
     from ..ernie_core.sampling.cache import StepCacheRun
 
     cache, node_id = model.step_cache
-    run = StepCacheRun(cache, num_blocks(model))
+    run = StepCacheRun.of(cache, model.dit.config)
     try:
         yield run
     finally:
@@ -981,7 +981,7 @@ def _make_denoise(
     def cached(x: Tensor, sigma: float) -> Tensor:
         nonlocal now
         # A negative prompt in the attention brings tokens of its own, in its range.
-        key = (id(dit), id(conditioning), skip, nag is not None and nag.acts_at(sigma))
+        key = (id(dit), dit.active_loras, id(conditioning), skip, nag is not None and nag.acts_at(sigma))
         now = cache.run_block(key, sigma, run_block)
         return denoise(x, sigma)
 

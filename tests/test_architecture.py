@@ -19,7 +19,7 @@ LEVELS = [
     {"errors"},
     {"config", "wildcards", "lettering"},
     {"sampling.inputs", "sampling.schedule", "sampling.latents", "sampling.guidance"},
-    {"model.rope", "model.attention", "model.kv_cache"},
+    {"model.rope", "model.attention", "model.kv_cache", "sampling.calibration"},
     {"sampling.experts", "sampling.masks", "sampling.langevin"},
     {"sampling.inpaint"},
     {

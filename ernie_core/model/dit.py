@@ -140,6 +140,10 @@ class DiT(nn.Module):
     and LoRA patching are the host's. Weights are created in `dtype` on `device` ("meta" builds without memory).
     """
 
+    active_loras: tuple[bool, ...] = ()
+    """Which LoRAs with a range of noise levels act on the present call, set by `weights.lora_hooks`; what is kept from
+    call to call must be kept apart by it."""
+
     def __init__(
         self,
         config: DiTConfig,

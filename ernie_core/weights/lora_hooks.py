@@ -75,7 +75,9 @@ class LoraStack(nn.Module):
         active = [True if share is None else bool(share.any()) for share in shares]
         everywhere = [share is None or bool((share == 1).all()) for share in shares]
         handles = []
+        before = getattr(model, "active_loras", ())
         try:
+            model.active_loras = (*before, *active)  # type: ignore[assignment]
             for path, layers in self._layers.items():
                 here = [
                     _Part(
@@ -92,6 +94,7 @@ class LoraStack(nn.Module):
                     handles.append(module.register_forward_hook(_make_hook(here, {} if ratios is None else ratios)))
             yield
         finally:
+            model.active_loras = before  # type: ignore[assignment]
             for handle in handles:
                 handle.remove()
 

@@ -40,7 +40,7 @@ def set_step_cache(model, cache: StepCache, *, node_id: str | None = None):
     patched.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, STEP_CACHE_KEY)
 
     def sample(executor, *args, **kwargs):
-        run = StepCacheRun(cache, len(network.layers))
+        run = StepCacheRun.of(cache, network.config)
         executor.class_obj.model_options.setdefault("transformer_options", {})[STEP_CACHE_KEY] = run
         try:
             return executor(*args, **kwargs)

@@ -254,15 +254,21 @@ def _adapter_class() -> type:
         def _run_block(self, timesteps, options: dict[str, Any], *part: Any) -> RunBlock:
             """What a step cache of this run makes of the blocks.
 
-            Apart are: prompts, in whatever batches the host asks for them, this network, and which blocks are left out
-            (Reduced Depth, and skip-layer guidance, which asks the same prompt again); `part`: what of a batch is run
-            by itself, and with what tokens.
+            Apart are: prompts, in whatever batches the host asks for them, this network, which LoRAs act, and which
+            blocks are left out (Reduced Depth, and skip-layer guidance, which asks the same prompt again); `part`: what
+            of a batch is run by itself, and with what tokens.
             """
             run = options.get(STEP_CACHE_KEY)
             if run is None:
                 return call_block
             left_out = tuple(i for i, layer in enumerate(self.layers) if "forward" in vars(layer))
-            key = (id(self), tuple(options.get("uuids", options.get("cond_or_uncond", ()))), left_out, *part)
+            key = (
+                id(self),
+                self.active_loras,
+                tuple(options.get("uuids", options.get("cond_or_uncond", ()))),
+                left_out,
+                *part,
+            )
             return run.run_block(key, float(timesteps[0]) / NUM_TRAIN_TIMESTEPS)
 
         def _forward_with_nag(self, nag, x, timesteps, context, attend, options):

@@ -1,11 +1,14 @@
-"""First-block caching against evaluations written out, on a transformer in miniature."""
+"""Step caching against evaluations written out, on a transformer in miniature."""
+
+from itertools import pairwise
 
 import pytest
 import torch
-from ernie_pack.ernie_core.config import DiTConfig
+from ernie_pack.ernie_core.config import CACHE_SIGNALS, DiTConfig
 from ernie_pack.ernie_core.errors import ErnieError, Interrupted
 from ernie_pack.ernie_core.model.dit import DiT, call_block
-from ernie_pack.ernie_core.sampling.cache import StepCache, StepCacheRun
+from ernie_pack.ernie_core.sampling.cache import StepCache, StepCacheRun, modulated_input, relative_change
+from ernie_pack.ernie_core.sampling.calibration import IDENTITY, Calibration
 
 LAYERS = 4
 
@@ -53,12 +56,21 @@ def evaluate(dit):
     return call
 
 
-def make_run(threshold=1.0, **settings):
-    return StepCacheRun(StepCache(threshold=threshold, **settings), LAYERS)
+def make_run(threshold=1.0, rescale=IDENTITY, **settings):
+    return StepCacheRun(StepCache(threshold=threshold, **settings), LAYERS, rescale)
 
 
-def test_threshold_0_is_the_plain_model_bit_for_bit(evaluate):
-    run = make_run(threshold=0.0)
+def no_change(_):
+    return 0.0
+
+
+both_signals = pytest.mark.parametrize("signal", CACHE_SIGNALS)
+LEFT = {"first_block": [0], "modulated_input": []}  # the blocks that run in an evaluation that is left out
+
+
+@both_signals
+def test_threshold_0_is_the_plain_model_bit_for_bit(evaluate, signal):
+    run = make_run(threshold=0.0, signal=signal)
     for sigma in (0.9, 0.9, 0.5):
         cached, ran = evaluate(run, sigma)
         assert torch.equal(cached, evaluate(None, sigma)[0])
@@ -66,12 +78,13 @@ def test_threshold_0_is_the_plain_model_bit_for_bit(evaluate):
     assert run.report() == "0 of 3 evaluations left out (0 %)"
 
 
-def test_the_same_input_again_gives_the_same_output_without_the_other_blocks(evaluate):
-    run = make_run(threshold=1e-6)
+@both_signals
+def test_the_same_input_again_gives_the_same_output_without_the_other_blocks(evaluate, signal):
+    run = make_run(threshold=1e-6, signal=signal)
     first, _ = evaluate(run, 0.8)
     again, ran = evaluate(run, 0.8)
     torch.testing.assert_close(again, first, atol=1e-5, rtol=0)
-    assert ran == [0]
+    assert ran == LEFT[signal]
     assert (run.whole, run.skipped) == (1, 1)
 
 
@@ -132,29 +145,33 @@ class StubRun:
         self.run_block = lambda *_: run_block
 
 
-def test_no_more_than_max_skips_in_a_row(evaluate):
-    run = make_run(max_skips=2)
-    ran = [len(evaluate(run, 0.8)[1]) for _ in range(7)]
-    assert ran == [LAYERS, 1, 1, LAYERS, 1, 1, LAYERS]
+@both_signals
+def test_no_more_than_max_skips_in_a_row(evaluate, signal):
+    run = make_run(max_skips=2, signal=signal)
+    ran = [evaluate(run, 0.8)[1] == LEFT[signal] for _ in range(7)]
+    assert ran == [False, True, True, False, True, True, False]
 
 
-def test_only_between_start_and_end(evaluate):
-    run = make_run(start=0.8, end=0.4, max_skips=99)
-    ran = {sigma: len(evaluate(run, sigma)[1]) for sigma in (1.0, 0.9, 0.8, 0.6, 0.41, 0.4, 0.1)}
-    assert [sigma for sigma, blocks in ran.items() if blocks == 1] == [0.8, 0.6, 0.41]
+@both_signals
+def test_only_between_start_and_end(evaluate, signal):
+    run = make_run(start=0.8, end=0.4, max_skips=99, signal=signal, rescale=no_change)
+    ran = {sigma: evaluate(run, sigma)[1] for sigma in (1.0, 0.9, 0.8, 0.6, 0.41, 0.4, 0.1)}
+    assert [sigma for sigma, blocks in ran.items() if blocks == LEFT[signal]] == [0.8, 0.6, 0.41]
 
 
-def test_prompts_do_not_mix(evaluate):
+@both_signals
+def test_prompts_do_not_mix(evaluate, signal):
     """Each key has its own cache; one that is new is evaluated whole."""
-    run = make_run()
+    run = make_run(signal=signal)
     evaluate(run, 0.8, "cond")
     assert len(evaluate(run, 0.8, "uncond")[1]) == LAYERS
-    assert len(evaluate(run, 0.8, "cond")[1]) == 1
-    assert len(evaluate(run, 0.8, "uncond")[1]) == 1
+    assert evaluate(run, 0.8, "cond")[1] == LEFT[signal]
+    assert evaluate(run, 0.8, "uncond")[1] == LEFT[signal]
 
 
-def test_another_size_under_the_same_key_is_evaluated_whole(evaluate):
-    run = make_run()
+@both_signals
+def test_another_size_under_the_same_key_is_evaluated_whole(evaluate, signal):
+    run = make_run(signal=signal)
     evaluate(run, 0.8)
     out, ran = evaluate(run, 0.8, x=torch.randn(1, 8, 6, 4))
     assert len(ran) == LAYERS
@@ -188,6 +205,119 @@ def test_block_patches_of_the_host_still_run(evaluate):
     torch.testing.assert_close(patched, plain, atol=1e-5, rtol=0)
 
 
+@both_signals
+def test_where_another_pack_leaves_the_first_block_out_nothing_stale_is_reused(evaluate, signal):
+    """Its replacement does not call our block, so nothing can be compared: the evaluation is whole."""
+    run = make_run(signal=signal)
+    evaluate(run, 0.8)
+    assert evaluate(run, 0.8)[1] == LEFT[signal]
+    replaced = {"patches_replace": {"dit": {("single_block", 0): lambda args, _: {"img": args["img"]}}}}
+    assert evaluate(run, 0.8, transformer_options=replaced)[1] == [1, 2, 3]
+
+
+# ---------------------------------------------------------------------------------------------- modulated input
+
+SIGMAS = (0.9, 0.8, 0.7, 0.5, 0.3)
+
+
+@pytest.fixture
+def changes(evaluate):
+    """Relative L1 of the modulated input between neighbours of SIGMAS, read inside plain evaluations."""
+    seen = []
+
+    def watch(index, block, x_BSD, modulation, *inputs):
+        if index == 0:
+            seen.append(modulated_input(block, x_BSD, modulation))
+        return call_block(index, block, x_BSD, modulation, *inputs)
+
+    for sigma in SIGMAS:
+        evaluate(StubRun(watch), sigma)
+    return [float((b - a).abs().mean() / a.abs().mean()) for a, b in pairwise(seen)]
+
+
+def test_the_modulated_input_is_what_the_first_blocks_attention_reads(dit, evaluate):
+    read, computed = [], []
+    hook = dit.layers[0].self_attention.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
+
+    def watch(index, block, x_BSD, modulation, *inputs):
+        if index == 0:
+            computed.append(modulated_input(block, x_BSD, modulation))
+        return call_block(index, block, x_BSD, modulation, *inputs)
+
+    evaluate(StubRun(watch), 0.6)
+    hook.remove()
+    assert torch.equal(read[0], computed[0])
+
+
+def test_changes_add_up_until_they_reach_the_threshold(evaluate, changes):
+    """With the identity: between the sum of two changes and a hair less lies the difference of reuse and not."""
+    for factor, expected in ((1.001, [False, True, True]), (0.999, [False, True, False])):
+        run = make_run(threshold=factor * (changes[0] + changes[1]), signal="modulated_input", max_skips=9)
+        assert [evaluate(run, sigma)[1] == [] for sigma in SIGMAS[:3]] == expected
+
+
+def test_after_a_whole_evaluation_the_sum_starts_anew_and_counts_from_the_evaluation_before(evaluate, changes):
+    run = make_run(threshold=1.001 * max(changes), signal="modulated_input", max_skips=9)
+    moved, expected = 0.0, [False]
+    for change in changes:
+        moved += change
+        expected.append(moved < run.cache.threshold)
+        moved *= expected[-1]
+    assert [evaluate(run, sigma)[1] == [] for sigma in SIGMAS] == expected
+    assert len(set(expected)) == 2
+
+
+def test_the_calibration_is_asked_for_each_change(evaluate, changes):
+    asked = []
+    run = make_run(signal="modulated_input", max_skips=9, rescale=lambda change: asked.append(change) or 0.0)
+    for sigma in SIGMAS:
+        evaluate(run, sigma)
+    assert asked == pytest.approx(changes, rel=1e-5)
+    assert run.skipped == len(changes)
+
+
+def test_a_higher_threshold_or_a_smaller_calibration_never_leaves_less_out(evaluate):
+    """Greedy over the same changes; three times the calibration is a third of the threshold."""
+
+    def skipped(threshold, factor=1.0):
+        rescale = Calibration(coefficients=(factor, 0.0))
+        run = make_run(threshold=threshold, signal="modulated_input", max_skips=99, rescale=rescale)
+        for sigma in SIGMAS:
+            evaluate(run, sigma)
+        return run.skipped
+
+    counts = [skipped(threshold) for threshold in (0.0, 0.01, 0.03, 0.1, 0.3, 1.0)]
+    assert counts == sorted(counts)
+    assert counts[0] == 0 < counts[-1]
+    assert [skipped(3 * t, 3.0) for t in (0.01, 0.03, 0.1, 0.3)] == counts[1:5]
+
+
+def test_a_skipped_evaluation_adds_what_all_blocks_added_before(evaluate):
+    """Written out, on the stream of the new evaluation."""
+    streams = []
+
+    def watch(index, block, x_BSD, *inputs):
+        out = call_block(index, block, x_BSD, *inputs)
+        streams.append((x_BSD, out))
+        return out
+
+    evaluate(StubRun(watch), 0.8)
+    added = streams[-1][1] - streams[0][0]
+    expected, _ = evaluate(StubRun(lambda index, block, x_BSD, *inputs: x_BSD + added if index == 0 else x_BSD), 0.7)
+    run = make_run(signal="modulated_input", rescale=no_change)
+    evaluate(run, 0.8)
+    found, ran = evaluate(run, 0.7)
+    assert ran == []
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+def test_relative_change_of_nothing_and_from_nothing():
+    zero, one = torch.zeros(2, 2), torch.ones(2, 2)
+    assert relative_change(None, one) == relative_change(zero, one) == float("inf")
+    assert relative_change(zero, zero) == 0
+    assert relative_change(one, 1.5 * one) == 0.5
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -195,6 +325,7 @@ def test_block_patches_of_the_host_still_run(evaluate):
         ({"threshold": float("nan")}, "threshold must lie between 0"),
         ({"threshold": 0.1, "start": 0.2, "end": 0.5}, "start and end must be noise levels"),
         ({"threshold": 0.1, "max_skips": -1}, "max_skips must be 0 or more"),
+        ({"threshold": 0.1, "signal": "output"}, "signal first_block or modulated_input expected, got 'output'"),
     ],
 )
 def test_settings_out_of_range_are_errors(settings, message):

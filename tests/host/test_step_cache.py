@@ -8,7 +8,9 @@ from pathlib import Path
 import block_patch_pack
 import pytest
 import torch
+from ernie_pack.ernie_core.config import CACHE_SIGNALS
 from host_graph import Graph, difference
+from random_models import LORAS
 
 pytestmark = pytest.mark.host
 
@@ -23,7 +25,7 @@ def server(start_comfyui):
 
 
 def cached(graph, model=None, **settings):
-    values = {"threshold": 0.2, "start": 1.0, "end": 0.0, "max_skips": 3} | settings
+    values = {"threshold": 0.2, "start": 1.0, "end": 0.0, "max_skips": 3, "signal": "first_block"} | settings
     return graph.add("ErnieStepCache", model=model or graph.model, **values)
 
 
@@ -32,17 +34,26 @@ def reported(log):
     return [(int(a), int(b)) for a, b in re.findall(r"Step Cache \(ERNIE\): (\d+) of (\d+) evaluations", log)]
 
 
-def test_threshold_0_changes_nothing(latents, new_log):
+both_signals = pytest.mark.parametrize("signal", CACHE_SIGNALS)
+
+
+@both_signals
+def test_threshold_0_changes_nothing(signal, latents, new_log):
     graph = Graph()
-    plain, none = latents(graph, graph.ernie_sampler(), graph.ernie_sampler(model=cached(graph, threshold=0.0)))
+    none = cached(graph, threshold=0.0, signal=signal)
+    plain, none = latents(graph, graph.ernie_sampler(), graph.ernie_sampler(model=none))
     assert torch.equal(plain, none)
     assert reported(new_log()) == []
 
 
-def test_evaluations_are_left_out_and_counted(latents, new_log):
+@both_signals
+def test_evaluations_are_left_out_and_counted(signal, latents, new_log):
     graph = Graph()
-    plain, fast = latents(graph, graph.ernie_sampler(steps=MANY), graph.ernie_sampler(steps=MANY, model=cached(graph)))
-    ((left_out, total),) = reported(new_log())
+    model = cached(graph, signal=signal)
+    plain, fast = latents(graph, graph.ernie_sampler(steps=MANY), graph.ernie_sampler(steps=MANY, model=model))
+    log = new_log()
+    assert ("nobody has calibrated modulated_input for" in log) == (signal == "modulated_input")
+    ((left_out, total),) = reported(log)
     assert total == 2 * MANY
     assert 0 < left_out < total
     assert 0 < difference(plain, fast) < 0.5
@@ -72,6 +83,24 @@ def test_with_reduced_depth_and_skip_layer_guidance(latents, new_log):
     assert 0 < left_out < total
     assert fast.isfinite().all()
     assert difference(plain, fast) > 0
+
+
+@both_signals
+def test_a_lora_with_a_range_and_without_it_are_kept_apart(signal, latents, new_log):
+    """Everything may be left out, so evaluations are whole where a cache is new: for each prompt, on each side."""
+    graph = Graph()
+    widgets = {"lora_name": LORAS[0], "strength": 1.0, "blocks": "", "allow_unmatched": False}
+    loaded = graph.add("ErnieLoadLora", model=graph.model, **widgets, start=1.0, end=0.5)
+    settings = {"threshold": 1.0, "max_skips": 1000, "signal": signal}
+    alone, with_lora = latents(
+        graph,
+        graph.ernie_sampler(steps=MANY, model=cached(graph, **settings)),
+        graph.ernie_sampler(steps=MANY, model=cached(graph, model=loaded, **settings)),
+    )
+    whole = sorted(total - left_out for left_out, total in reported(new_log()))
+    assert whole[1] > whole[0] >= 2
+    assert whole[1] >= 4
+    assert difference(alone, with_lora) > 0
 
 
 def test_cores_easy_cache_leaves_steps_out_of_our_model(latents, new_log, server):

@@ -100,7 +100,7 @@ WIDGETS = [
     *[("ErnieRecipeDPO", w) for w in ("beta", "anchor_win", "anchor_lose", "reduction", "anchor_reduction")],
     *[("ErnieRecipeDPO", w) for w in ("auto_beta", "sdpo_mu", "reference_lora", "reference_bank")],
     ("ErnieReducedDepth", "blocks"),
-    *[("ErnieStepCache", w) for w in ("threshold", "start", "end", "max_skips")],
+    *[("ErnieStepCache", w) for w in ("threshold", "start", "end", "max_skips", "signal")],
 ]
 LORA_WIDGETS = [
     *[("ErnieLoadLora", w) for w in ("lora_name", "strength", "blocks", "start", "end", "allow_unmatched")],
