@@ -107,9 +107,9 @@ class ErnieAestheticBenchmark(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, ratings: str = "", **others) -> list:
-        """Changes when the table or the folder does."""
-        path = find_path(ratings)
+    def fingerprint_inputs(cls, ratings: str | None = "", **others) -> list:
+        """Changes when the table or the folder does. What is linked comes as None."""
+        path = find_path(ratings or "")
         files = [path, *(path.iterdir() if path.is_dir() else ())]
         return [ratings, *sorted((str(f), f.stat().st_mtime_ns) for f in files if f.exists())]
 
@@ -182,10 +182,10 @@ class ErniePromptBenchmark(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(
-        cls, prompts: str = "", without_enhancer: str = "", with_enhancer: str = "", **others
+        cls, prompts: str | None = "", without_enhancer: str | None = "", with_enhancer: str | None = "", **others
     ) -> list:
-        """Changes when one of the files does."""
-        files = [find_path(text) for text in (prompts, without_enhancer, with_enhancer) if text.strip()]
+        """Changes when one of the files does. What is linked comes as None."""
+        files = [find_path(text) for text in (prompts, without_enhancer, with_enhancer) if text and text.strip()]
         return [(str(f), f.stat().st_mtime_ns) for f in files if f.exists()]
 
     @classmethod

@@ -214,9 +214,9 @@ class ErnieDatasetFolder(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, path: str = "", mask_folder: str = "", **others) -> str:
-        """Changes with the files."""
-        return "".join(fingerprint(find_path(text)) for text in (path, mask_folder) if text.strip())
+    def fingerprint_inputs(cls, path: str | None = "", mask_folder: str | None = "", **others) -> str:
+        """Changes with the files. What is linked comes as None."""
+        return "".join(fingerprint(find_path(text)) for text in (path, mask_folder) if text and text.strip())
 
     @classmethod
     def execute(cls, path, format, repeats, loss_weight, balance, dataset=None, **options) -> io.NodeOutput:
@@ -324,9 +324,9 @@ class ErniePairsFolder(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, path: str = "", **others) -> str:
-        """Changes with the files."""
-        return fingerprint(find_path(path)) if path.strip() else ""
+    def fingerprint_inputs(cls, path: str | None = "", **others) -> str:
+        """Changes with the files. What is linked comes as None."""
+        return fingerprint(find_path(path)) if path and path.strip() else ""
 
     @classmethod
     def execute(cls, path, min_margin, max_per_prompt, caption_dropout, **captions) -> io.NodeOutput:

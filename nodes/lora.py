@@ -124,8 +124,13 @@ def read_checkpoint(name: str):
     return read_component(host.model_path("diffusion_models", name), "transformer")
 
 
-def file_state(name: str) -> list:
-    """Changes when the file behind a LoRA's name does, so that a newly trained one of the same name is read."""
+def file_state(name: str | None) -> list:
+    """Changes when the file behind a LoRA's name does, so that a newly trained one of the same name is read.
+
+    None is what the host says of a name that is linked.
+    """
+    if name is None:
+        return []
     try:
         stat = host.lora_path(name).stat()
     except (ErnieError, OSError):

@@ -444,8 +444,8 @@ class ErnieScoreReport(io.ComfyNode):
 
 
 def first(values: Any) -> Any:
-    """A widget's value, which comes as a list of one to a node that takes lists."""
-    return values[0] if isinstance(values, list) else values
+    """A widget's value, which comes as a list of one, linked as (None,), to a node that takes lists."""
+    return values[0] if isinstance(values, (list, tuple)) else values
 
 
 def split(images: Any) -> list:

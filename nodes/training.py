@@ -409,9 +409,9 @@ class ErnieTrainingReport(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, name: str = "", **others) -> int:
-        """Changes with what the job has written."""
-        return modified(host.jobs_folder() / name / "progress.jsonl")
+    def fingerprint_inputs(cls, name: str | None = "", **others) -> int:
+        """Changes with what the job has written. What is linked comes as None."""
+        return modified(host.jobs_folder() / (name or "") / "progress.jsonl")
 
     @classmethod
     def execute(cls, name: str, job=None) -> io.NodeOutput:

@@ -67,9 +67,9 @@ class ErnieWildcards(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, folder: str = FOLDER, **others) -> list:
-        """Changes with the files of choices."""
-        return find_wildcards(folder).state()
+    def fingerprint_inputs(cls, folder: str | None = FOLDER, **others) -> list:
+        """Changes with the files of choices. What is linked comes as None."""
+        return [] if folder is None else find_wildcards(folder).state()
 
     @classmethod
     def execute(cls, text: str, seed: int, row: int, folder: str) -> io.NodeOutput:

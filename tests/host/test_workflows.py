@@ -9,6 +9,7 @@ from small_runs import WORKFLOWS, saved_pictures, shrink
 pytestmark = pytest.mark.host
 
 SIDE_PX, STEPS = 128, 4
+RUNS = ("ErnieBatchFromPrompts", "ErnieBestOfN", "ErnieXYGrid")  # their pictures go into a folder of their own
 LONG = 1000  # steps; far more than are done before the interrupt
 
 every_workflow = pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
@@ -42,7 +43,7 @@ def test_it_runs(path, server, api_workflows):
     finished = server.run(small, page=page)
     files = [file for file in finished.files() if file["type"] == "output"]
     made = saved_pictures(small)
-    if any(node["class_type"] in ("ErnieBatchFromPrompts", "ErnieBestOfN") for node in small.values()):
+    if any(node["class_type"] in RUNS for node in small.values()):
         folder = server.base / "output" / "ERNIE" / path.stem
         root = server.base / "output"
         found = [p.relative_to(root) for p in sorted(folder.rglob("*.png"))]

@@ -40,3 +40,15 @@ def test_every_number_says_its_range(node_classes, recording, node_id):
         if item.get_io_type() in ("INT", "FLOAT"):
             settings = item.as_dict()
             assert settings["min"] <= settings["default"] <= settings["max"], item.id
+
+
+@pytest.mark.parametrize("node_id", sorted(PINNED))
+def test_linked_inputs_are_no_fault_of_the_fingerprint(node_classes, recording, node_id):
+    """The host asks before it knows what links bring: None, or (None,) for nodes that take lists."""
+    cls = node_classes[node_id]
+    schema = cls.GET_SCHEMA()
+    if any(
+        "fingerprint_inputs" in vars(base) for base in cls.__mro__ if base.__module__.startswith("ernie_pack.nodes")
+    ):
+        unknown = (None,) if schema.is_input_list else None
+        cls.fingerprint_inputs(**{item.id: unknown for item in schema.inputs})
