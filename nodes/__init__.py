@@ -27,6 +27,7 @@ class ErnieExtension(ComfyExtension):
         from .grid import ErnieXYGrid
         from .guidance import ErnieGuidance, ErnieNegativeForTurbo, ErnieSkipLayerGuidance
         from .inpainting import ErnieHardInpaint, ErnieInpaintPrepare, ErnieInpaintStitch
+        from .layout import ErnieLayoutPrompt
         from .loading import (
             ErnieLoadDiffusionModel,
             ErnieLoadImageModel,
@@ -61,6 +62,7 @@ class ErnieExtension(ComfyExtension):
             ErnieEnhancePrompt,
             ErnieServerEnhancer,
             ErnieWildcards,
+            ErnieLayoutPrompt,
             ErnieEmptyLatent,
             ErnieSampler,
             ErnieSamplerSelect,

@@ -530,6 +530,11 @@ def encode_prompt(clip: TextModel, text: str) -> list:
     return [[hidden_TD[None].cpu(), {"pooled_output": None}]]
 
 
+def count_tokens(clip: TextModel, text: str) -> int:
+    """Return how many tokens `text` has, also beyond what the encoder reads."""
+    return len(clip.tokenizer.encode(text, max_tokens=None))
+
+
 def set_shift(model: Model, shift: float) -> Model:
     """Return a model with this sampling shift; the same object when it has it already."""
     return model if model.shift == shift else replace(model, shift=shift)

@@ -45,7 +45,7 @@ LEVELS = [
     {"adviser_rules"},
     {"adviser"},
     {"batch", "pipeline", "enhancing.quotes"},
-    {"enhancing.writing"},
+    {"enhancing.writing", "layout_prompt"},
     {"enhancing.disk_cache", "enhancing.server"},
     {"grid", "runs"},
     {"training.captions", "training.pictures"},

@@ -20,6 +20,8 @@ _QUOTED = re.compile(
     "|".join(start + ("([^" + inside + r"\n]+?)" if inside else r"([^\n]+?)") + end for start, end, inside in _PAIRS)
 )
 
+_STRAY = re.compile(r"(?<!\d)\"|[\u201c-\u201e\u00ab\u00bb\u300c-\u300f\uff02]|(?<!\w)['\u2018](?=\S)")
+
 
 def quoted_texts(prompt: str) -> list[str]:
     """Every text between quotation marks (straight, typographic, CJK), marks and outer blanks left off, each once.
@@ -34,3 +36,9 @@ def quoted_texts(prompt: str) -> list[str]:
 def missing_texts(prompt: str, answer: str) -> list[str]:
     """The quoted texts of `prompt` that `answer` does not hold verbatim."""
     return [text for text in quoted_texts(prompt) if text not in answer]
+
+
+def stray_mark(text: str) -> str | None:
+    """The first quotation mark of `text` that opens or closes nothing; None where all of them pair."""
+    found = _STRAY.search(_QUOTED.sub(" ", text))
+    return found.group() if found else None

@@ -43,5 +43,5 @@ from .runtime import (
 )
 from .sampling import empty_latent, make_sampler, sample
 from .scorers import list_scorers, place_scorer, scorer_layers, scorer_path, tokenizer_folders
-from .text import encode_prompt, make_clip, make_enhancer
+from .text import count_tokens, encode_prompt, make_clip, make_enhancer
 from .vae import decode, make_vae

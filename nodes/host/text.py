@@ -85,6 +85,10 @@ class ClipTokenizer:
             ids = ids[:MAX_TEXT_TOKENS]
         return {TOKENS_KEY: [[(i, 1.0, n) if return_word_ids else (i, 1.0) for n, i in enumerate(ids)]]}
 
+    def count(self, text: str) -> int:
+        """Tokens of all of `text`, BOS included, also beyond what the encoder reads."""
+        return len(self.tokenizer.encode(text, max_tokens=None))
+
     def untokenize(self, tokens: list[tuple]) -> list[tuple[tuple, str]]:
         return [(token, self.tokenizer.decode([token[0]])) for token in tokens]
 
@@ -136,6 +140,13 @@ def encode_prompt(clip, text: str):
     if clip is None:
         raise ErnieError("the text encoder is empty: connect Load Text Encoder (ERNIE) or a CLIPLoader.")
     return clip.encode_from_tokens_scheduled(clip.tokenize(text))
+
+
+def count_tokens(clip, text: str) -> int:
+    """How many tokens a CLIP, ours or core's, makes of `text`."""
+    if isinstance(clip.tokenizer, ClipTokenizer):
+        return clip.tokenizer.count(text)
+    return max(sum(len(section) for section in sections) for sections in clip.tokenize(text).values())
 
 
 class PromptEnhancer:

@@ -132,6 +132,10 @@ class RecordingHost:
         self._note("encode_prompt", clip, text)
         return [[text, {}]]
 
+    def count_tokens(self, clip, text):
+        self._note("count_tokens", clip, text)
+        return len(text.split())
+
     def set_shift(self, model, shift):
         self._note("set_shift", model, shift)
         return model

@@ -28,6 +28,7 @@ NAMES = [
     "lora_stack",
     "mixed_with_core_nodes",
     "outpaint",
+    "poster",
     "preference_loop",
     "regional_prompts",
     "score_folder",
