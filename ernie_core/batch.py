@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .config import MAX_SIZE, MAX_STEPS, check_size
+from .config import MAX_SIZE, MAX_STEPS, SAMPLERS, check_size
 from .errors import ErnieError
 from .wildcards import Wildcards
 
@@ -114,6 +114,7 @@ _COLUMNS: dict[str, Callable[[Any], Any]] = {
     "steps": int,
     "cfg": float,
     "shift": float,
+    "sampler": str,
 }
 
 
@@ -283,6 +284,8 @@ def check_row(row: Row) -> None:
         raise ErnieError(f"cfg must be 0 or more, got {row.cfg:g}")
     if not (0 < row.shift < float("inf")):
         raise ErnieError(f"shift must be above 0, got {row.shift:g}")
+    if row.sampler not in SAMPLERS:
+        raise ErnieError(f"sampler must be {', '.join(SAMPLERS)}, got {row.sampler!r}")
 
 
 def vary_rows(

@@ -6,7 +6,17 @@ from comfy_api.latest import io
 
 from . import host
 from .rows import default_row, missing_sockets, open_studio, remake_input, remake_row, run_rows
-from .sampling import CUSTOM, MAX_SEED, PRESETS, cfg_input, shift_input, size_inputs, steps_input
+from .sampling import (
+    CUSTOM,
+    MAX_SEED,
+    PRESETS,
+    SAMPLER_TOOLTIP,
+    cfg_input,
+    sampler_input,
+    shift_input,
+    size_inputs,
+    steps_input,
+)
 from .wildcards import find_wildcards
 
 CATEGORY = "ERNIE/batch"
@@ -55,8 +65,8 @@ class ErnieBatchFromPrompts(io.ComfyNode):
                     default="",
                     tooltip="One prompt per line (# starts a comment); or the path of a .txt, .csv or .jsonl file, "
                     "or of a folder of them. csv and jsonl may have the columns prompt, negative, seed, width, height, "
-                    "steps, cfg, shift. The folder of an earlier run: its pictures again, same prompts, seeds and "
-                    "settings. Relative paths start in ComfyUI's input folder.",
+                    "steps, cfg, shift, sampler. The folder of an earlier run: its pictures again, same prompts, seeds "
+                    "and settings. Relative paths start in ComfyUI's input folder.",
                 ),
                 io.String.Input(
                     "name",
@@ -107,6 +117,7 @@ class ErnieBatchFromPrompts(io.ComfyNode):
                     "folder. Empty (neutral): name alone.",
                     optional=True,
                 ),
+                sampler_input(optional=True, tooltip=SAMPLER_TOOLTIP + ROW_TOOLTIP % "sampler"),
             ],
             outputs=[
                 io.Image.Output(

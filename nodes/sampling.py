@@ -64,10 +64,8 @@ SAMPLER_TOOLTIP = (
 )
 
 
-def sampler_input(*, optional: bool) -> io.Combo.Input:
-    return io.Combo.Input(
-        "sampler", options=list(SAMPLERS), default=SAMPLERS[0], tooltip=SAMPLER_TOOLTIP, optional=optional
-    )
+def sampler_input(*, optional: bool, tooltip: str = SAMPLER_TOOLTIP) -> io.Combo.Input:
+    return io.Combo.Input("sampler", options=list(SAMPLERS), default=SAMPLERS[0], tooltip=tooltip, optional=optional)
 
 
 def size_inputs(tooltip: str) -> list[io.Int.Input]:

@@ -55,6 +55,19 @@ def test_csv_columns_override_the_defaults(tmp_path: Path):
     assert not problems
 
 
+def test_a_sampler_column_and_rows_without_it(tmp_path: Path):
+    """euler is neutral: such a row has the hash that it had before there was a choice, so old folders go on."""
+    (tmp_path / "list.csv").write_text("prompt,sampler\nred,heun\nred,\nred,euler\nred,eulr\n")
+    rows, problems = read_rows("list.csv", replace(DEFAULTS, sampler="unipc"), folder=tmp_path, count_seeds=False)
+    assert [row.sampler for row in rows] == ["heun", "unipc", "euler"]
+    assert "sampler" not in rows[2].settings()
+    assert rows[2].hash == "69c6b2370ca9"  # computed before the field existed
+    assert len({row.hash for row in rows}) == 3
+    (problem,) = problems
+    assert "sampler must be euler, heun" in str(problem)
+    assert "got 'eulr'" in str(problem)
+
+
 def test_jsonl_and_byte_order_mark(tmp_path: Path):
     path = tmp_path / "list.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + json.dumps({"Prompt": "\u732b", "seed": 0}, ensure_ascii=False).encode())

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 from ernie_pack.ernie_core.errors import ErnieError
+from ernie_pack.ernie_core.sampling.samplers import Sampler
 
 WIDGETS = {
     **{"source": "one\ntwo", "name": "run", "negative": "bad", "width": 32, "height": 48, "preset": "custom"},
@@ -43,8 +44,15 @@ def test_columns_override_the_widgets(run, recording, tmp_path):
     (tmp_path / "input").mkdir()
     (tmp_path / "input" / "list.csv").write_text("prompt,seed,width,steps,cfg\nred,99,64,5,1\n")
     batch(run, source="list.csv")
-    ((_, positive, negative, shape, sigmas, cfg, seed),) = samples(recording)
+    ((_, positive, negative, shape, sigmas, cfg, seed, _),) = samples(recording)
     assert (positive, negative, list(shape), len(sigmas), cfg, seed) == ([["red", {}]], None, [1, 1, 3, 4], 6, 1.0, 99)
+
+
+def test_the_sampler_of_the_widget_and_of_the_column_reach_the_host(run, recording, tmp_path):
+    (tmp_path / "input").mkdir()
+    (tmp_path / "input" / "list.csv").write_text("prompt,sampler\nred,heun\nblue,\n")
+    batch(run, source="list.csv", sampler="dpmpp_2m")
+    assert [call[-1] for call in samples(recording)] == [Sampler(name="heun"), Sampler(name="dpmpp_2m")]
 
 
 def test_an_unreadable_row_is_reported_and_the_others_are_made(run, recording, tmp_path):

@@ -85,7 +85,7 @@ WIDGETS = [
     *[("ErnieNegativeForTurbo", w) for w in ("scale", "start", "end", "tau", "alpha")],
     *[("ErnieBatchFromPrompts", w) for w in ("source", "name", "negative", "width", "height", "preset", "steps")],
     *[("ErnieBatchFromPrompts", w) for w in ("cfg", "shift", "seed", "collect", "wildcards")],
-    *[("ErnieBatchFromPrompts", w) for w in ("variations", "remake", "made_with")],
+    *[("ErnieBatchFromPrompts", w) for w in ("variations", "remake", "made_with", "sampler")],
     *[("ErnieCompareImages", w) for w in ("label_a", "label_b")],
     *[("ErnieWildcards", w) for w in ("text", "seed", "row", "folder")],
     *[("ErnieLayoutPrompt", w) for w in ("layout", "language", "subject", "style", "title", "subtitle", "body")],
