@@ -1,11 +1,11 @@
 """The user's own server as enhancer, against a small one on this machine that answers as told."""
 
+import contextlib
 import json
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from chat_server import GOOD, event, running_chat_server
 from ernie_pack.ernie_core.enhancing.server import ServerEnhancer
 from ernie_pack.ernie_core.errors import ErnieError, Interrupted
 from ernie_pack.ernie_core.model.enhancer import default_system_prompt
@@ -15,50 +15,11 @@ SETTINGS = {
 }
 
 
-def event(text=None, **choice):
-    return "data: " + json.dumps({"choices": [{"delta": {"content": text}, **choice}]}) + "\n\n"
-
-
-GOOD = [event("A red "), ": keep-alive\n\n", event("cat \u732b"), event(None, finish_reason="stop"), "data: [DONE]\n\n"]
-
-
 @pytest.fixture
 def serve():
     """serve(*replies) -> (url, requests): each reply is (status, headers, pieces of the body, pause before each)."""
-    servers = []
-
-    def start(*replies):
-        requests, rest = [], list(replies)
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self):
-                body = self.rfile.read(int(self.headers["Content-Length"]))
-                requests.append((self.path, dict(self.headers), json.loads(body)))
-                status, headers, pieces, pause = rest.pop(0) if len(rest) > 1 else rest[0]
-                self.send_response(status)
-                for name, value in headers.items():
-                    self.send_header(name, value)
-                self.end_headers()
-                try:
-                    for piece in pieces:
-                        time.sleep(pause)
-                        self.wfile.write(piece.encode())
-                        self.wfile.flush()
-                except OSError:  # the caller has gone
-                    requests.append("gone")
-
-            def log_message(self, *_):
-                pass
-
-        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        servers.append(server)
-        return f"http://127.0.0.1:{server.server_port}/v1/", requests
-
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
+    with contextlib.ExitStack() as servers:
+        yield lambda *replies: servers.enter_context(running_chat_server(*replies))
 
 
 def ask(url, *, seeds=(5,), system=None, settings=SETTINGS, on_token=None, **options):
