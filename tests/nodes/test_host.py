@@ -53,7 +53,9 @@ def test_an_unknown_version_is_none(host, monkeypatch):
 @pytest.mark.parametrize(("version", "count"), [((0, 3, 64), 0), ((0, 11, 9), 0), ((0, 12, 0), NODES), (None, NODES)])
 def test_an_old_host_gets_one_polite_line_and_no_nodes(monkeypatch, caplog, version, count):
     nodes = importlib.import_module("ernie_pack.nodes")
-    monkeypatch.setattr(nodes, "host", SimpleNamespace(host_version=lambda: version))
+    importlib.import_module("ernie_pack.nodes.tournament")  # before: a file that is imported below keeps that host
+    fake = SimpleNamespace(host_version=lambda: version)
+    monkeypatch.setattr(nodes, "host", fake)
     with caplog.at_level(logging.WARNING):
         extension = asyncio.run(sys.modules["ernie_pack"].comfy_entrypoint())
     assert len(asyncio.run(extension.get_node_list())) == count
@@ -144,17 +146,17 @@ def test_another_model_is_refused_before_sampling(host, value, message):
 def test_another_latent_is_refused_before_sampling(host, monkeypatch, samples, message):
     fake_module(monkeypatch, "comfy.sample")
     with pytest.raises(ErnieError, match=message):
-        host.sampling._check_latent(model(), {"samples": samples})
+        host.sampling.checked_latent(model(), {"samples": samples})
 
 
 def test_another_conditioning_is_refused_before_sampling(host):
     with pytest.raises(ErnieError, match=r"positive \[batch, tokens, 48\] expected, got \[1, 3, 4096\]: another model"):
-        host.sampling._check_conditioning(network(), "positive", [[torch.zeros(1, 3, 4096), {}]])
+        host.sampling.check_conditioning(network(), "positive", [[torch.zeros(1, 3, 4096), {}]])
 
 
 def test_an_empty_conditioning_is_refused_before_sampling(host):
     with pytest.raises(ErnieError, match="negative is empty: encode a prompt"):
-        host.sampling._check_conditioning(network(), "negative", [])
+        host.sampling.check_conditioning(network(), "negative", [])
 
 
 def test_a_long_prompt_is_cut_with_a_count(host, caplog):
