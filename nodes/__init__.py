@@ -133,7 +133,9 @@ def make_extension() -> ComfyExtension:
             found,
         )
         return NoNodes()
+    from .picture_notes import note_queued_run
     from .tournament import serve_routes
 
     serve_routes()
+    host.watch_queue(note_queued_run)
     return ErnieExtension()

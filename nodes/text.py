@@ -9,6 +9,7 @@ from ..ernie_core.enhancing.writing import AUTO, PRESETS, QUOTES
 from ..ernie_core.errors import ErnieError
 from . import host
 from .loading import Enhancer
+from .picture_notes import note_in_pictures
 from .sampling import CUSTOM, MAX_SEED, size_inputs
 
 CATEGORY = "ERNIE/text"
@@ -149,7 +150,7 @@ class ErnieEnhancePrompt(io.ComfyNode):
                     "happened to quoted text.",
                 ),
             ],
-            hidden=[io.Hidden.unique_id, io.Hidden.extra_pnginfo],
+            hidden=[io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.extra_pnginfo],
         )
 
     @classmethod
@@ -293,18 +294,6 @@ def enhance(enhancer, requests: list, cache: bool, hidden) -> tuple[list[str], s
 
 def titled(number: int, total: int, text: str) -> str:
     return text if total == 1 else f"{number + 1} of {total}: {text}"
-
-
-def note_in_pictures(hidden, original: str, enhanced: list[str]) -> None:
-    """Write both prompts beside the workflow: whatever node saves a picture later in this run puts them into the PNG.
-
-    The host hands the same dictionary to every node of a run. It hands none to a run that came without a page.
-    """
-    if isinstance(hidden.extra_pnginfo, dict):
-        noted = hidden.extra_pnginfo.setdefault("ernie_enhanced", [])
-        entry = {"node": hidden.unique_id, "original": original, "enhanced": enhanced}
-        if entry not in noted:
-            noted.append(entry)
 
 
 def writing_inputs() -> list:

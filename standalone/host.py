@@ -178,6 +178,10 @@ def serve(routes: Mapping[str, Any], statuses: Mapping[type[Exception], int]) ->
     """Do nothing: there is no server here."""
 
 
+def watch_queue(look: Callable[[dict], None]) -> None:
+    """Do nothing: there is no queue here."""
+
+
 def jobs_folder() -> Path:
     """Where training jobs are kept."""
     return output_folder() / "ernie_jobs"

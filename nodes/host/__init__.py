@@ -30,7 +30,7 @@ from .models import add_nag, make_model, num_blocks, set_shift, skip_blocks
 from .pictures import save_png
 from .previews import preview_images
 from .regions import add_region
-from .routes import serve
+from .routes import serve, watch_queue
 from .runtime import (
     block_output,
     device,

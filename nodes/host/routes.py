@@ -36,6 +36,27 @@ def serve(
         server.routes.route(method, path)(_make_handler(method, handle, statuses))
 
 
+def watch_queue(look: Callable[[dict[str, Any]], None]) -> None:
+    """Call `look` with each request before it is queued ("prompt", "extra_data"; not checked yet); it may add notes.
+
+    Nothing happens where no server runs.
+    """
+    try:
+        from server import PromptServer
+    except ImportError:  # a program that loads packs without the host's server
+        return
+    server = getattr(PromptServer, "instance", None)
+    if server is None:
+        return
+
+    def pass_on(request: dict[str, Any]) -> dict[str, Any]:
+        if isinstance(request, dict):
+            look(request)
+        return request
+
+    server.add_on_prompt_handler(pass_on)
+
+
 def _make_handler(method: str, handle: Callable, statuses: Mapping[type[Exception], int]) -> Callable:
     import asyncio
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import struct
 import threading
 import time
@@ -134,3 +135,20 @@ def test_the_key_goes_to_the_server_and_nowhere_else(server):
     written = [path for name in ("user", "output", "temp") for path in (server.base / name).rglob("*")]
     assert [p.name for p in written if p.is_file() and TEST_KEY.encode() in p.read_bytes()] == []
     assert any("enhanced" in path.parts for path in written), "the answer was kept on the disk"
+
+
+def test_pictures_of_runs_that_reuse_the_text_hold_both_prompts(server):
+    """Runs that wait in the queue while the text is written, and a later one; the server is asked once."""
+    with running_chat_server((200, {}, GOOD, 0.5)) as (url, requests):
+        graphs = [enhanced_graph(url, steps=steps) for steps in (2, 3, 4)]
+        running = [server.queue(graph.prompt, page={"nodes": []}) for graph in graphs]
+        finished = [server.wait(number) for number in running]
+        finished.append(server.run(enhanced_graph(url, steps=5).prompt, page={"nodes": []}))
+        server.run(enhanced_graph(url, enabled=False).prompt, page={"nodes": []})
+    assert len(requests) == 1
+    pictures = [file for one in finished for file in one.files()]
+    assert len(pictures) == 4
+    for file in pictures:
+        (note,) = json.loads(server.picture(file).info["ernie_enhanced"])
+        assert note["original"] == 'a red star with "STAR"'
+        assert note["enhanced"][0].startswith("A red cat")

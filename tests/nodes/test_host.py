@@ -54,7 +54,7 @@ def test_an_unknown_version_is_none(host, monkeypatch):
 def test_an_old_host_gets_one_polite_line_and_no_nodes(monkeypatch, caplog, version, count):
     nodes = importlib.import_module("ernie_pack.nodes")
     importlib.import_module("ernie_pack.nodes.tournament")  # before: a file that is imported below keeps that host
-    fake = SimpleNamespace(host_version=lambda: version)
+    fake = SimpleNamespace(host_version=lambda: version, watch_queue=lambda look: None)
     monkeypatch.setattr(nodes, "host", fake)
     with caplog.at_level(logging.WARNING):
         extension = asyncio.run(sys.modules["ernie_pack"].comfy_entrypoint())

@@ -1,5 +1,9 @@
 """Enhance Prompt: skipped when off, asked once, honest when nothing is connected."""
 
+import collections
+import importlib
+from types import SimpleNamespace
+
 import pytest
 from ernie_pack.ernie_core.errors import ErnieError
 
@@ -92,6 +96,90 @@ def test_both_prompts_go_where_saving_nodes_look(node_classes, recording):
         clone = node_classes["ErnieEnhancePrompt"].PREPARE_CLASS_CLONE({"hidden_inputs": hidden})
         clone.EXECUTE_NORMALIZED(**WIDGETS, enhancer=recording.make_enhancer("component"))
     assert pnginfo["ernie_enhanced"] == [{"node": "7", "original": "a cat", "enhanced": ["a detailed a cat"]}]
+
+
+@pytest.fixture
+def picture_notes(monkeypatch):
+    """The module, with nothing remembered."""
+    module = importlib.import_module("ernie_pack.nodes.picture_notes")
+    monkeypatch.setattr(module, "_runs", collections.deque(maxlen=3))
+    monkeypatch.setattr(module, "_notes", collections.OrderedDict())
+    monkeypatch.setattr(module, "MAX_KEPT", 3)
+    return module
+
+
+def queued(words="a cat", steps=4, *, enhance="ErnieEnhancePrompt"):
+    """A request as the page makes it; `words` come over a link."""
+    prompt = {
+        "1": {"class_type": "PrimitiveString", "inputs": {"value": words}},
+        "7": {"class_type": enhance, "inputs": {"prompt": ["1", 0], "seed": 3}},
+        "8": {"class_type": "ErnieSampler", "inputs": {"steps": steps, "positive": ["7", 0]}},
+    }
+    return {"prompt": prompt, "extra_data": {"extra_pnginfo": {"workflow": {}}}}
+
+
+def notes_in(request):
+    return request["extra_data"]["extra_pnginfo"].get("ernie_enhanced")
+
+
+def execute_enhance(picture_notes, request, *texts):
+    pnginfo = request["extra_data"]["extra_pnginfo"]
+    hidden = SimpleNamespace(unique_id="7", prompt=request["prompt"], extra_pnginfo=pnginfo)
+    picture_notes.note_in_pictures(hidden, "a cat", list(texts))
+
+
+def test_runs_that_reuse_the_text_have_its_note(picture_notes):
+    first, waiting, other = queued(), queued(steps=8), queued("a dog")
+    for request in (first, waiting, other):
+        picture_notes.note_queued_run(request)
+    assert [notes_in(r) for r in (first, waiting, other)] == [None] * 3
+    execute_enhance(picture_notes, first, "one")
+    later = queued(steps=9)
+    picture_notes.note_queued_run(later)
+    note = [{"node": "7", "original": "a cat", "enhanced": ["one"]}]
+    assert [notes_in(r) for r in (first, waiting, later, other)] == [note, note, note, None]
+
+
+def test_a_text_that_is_written_anew_takes_the_place_of_the_note(picture_notes):
+    execute_enhance(picture_notes, queued(), "one")
+    again = queued()
+    picture_notes.note_queued_run(again)
+    execute_enhance(picture_notes, again, "two")
+    assert [note["enhanced"] for note in notes_in(again)] == [["two"]]
+
+
+@pytest.mark.parametrize("sent", [3, ["x"], [{}], None])
+def test_what_a_caller_sent_under_the_name_is_replaced(picture_notes, sent):
+    request = queued()
+    request["extra_data"]["extra_pnginfo"]["ernie_enhanced"] = sent
+    execute_enhance(picture_notes, request, "one")
+    assert [note["enhanced"] for note in notes_in(request)] == [["one"]]
+
+
+def test_no_more_is_remembered_than_allowed(picture_notes):
+    for i in range(9):
+        request = queued(f"cat {i}")
+        picture_notes.note_queued_run(request)
+        execute_enhance(picture_notes, request, "text")
+    assert (len(picture_notes._runs), len(picture_notes._notes)) == (3, 3)
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        {},
+        {"prompt": [], "extra_data": {"extra_pnginfo": {}}},
+        {"prompt": {"7": None, "8": {"class_type": "ErnieEnhancePrompt"}}, "extra_data": {"extra_pnginfo": {}}},
+        {"prompt": {"7": {"class_type": "ErnieEnhancePrompt", "inputs": {"prompt": ["7", 0]}}}, "extra_data": None},
+        {
+            "prompt": {"7": {"class_type": "ErnieEnhancePrompt", "inputs": {"prompt": ["7", 0], "x": [[], 0]}}},
+            "extra_data": {"extra_pnginfo": {}},
+        },
+    ],
+)
+def test_a_malformed_request_is_left_to_the_host(picture_notes, request_):
+    picture_notes.note_queued_run(request_)
+    assert not picture_notes._notes
 
 
 def test_nothing_connected_is_an_error_that_says_what_to_do(run, recording):

@@ -56,6 +56,9 @@ class RecordingHost:
     def serve(self, routes, statuses):
         self._note("serve", *routes)
 
+    def watch_queue(self, look):
+        self._note("watch_queue", look)
+
     def jobs_folder(self):
         return self.output_folder() / "ernie_jobs"
 
