@@ -31,6 +31,7 @@ PROMPTS = 12
 STEPS = 50
 CFG = 4.0
 WHOLE = StepCache(threshold=0.0)
+NOT_CALIBRATED = ", not calibrated"  # as on a network of which nobody has made a calibration
 CACHES = {
     "first_block 0.02": StepCache(threshold=0.02),
     "first_block 0.05": StepCache(threshold=0.05),
@@ -42,6 +43,8 @@ CACHES = {
     "modulated_input 0.1": StepCache(threshold=0.1, signal="modulated_input"),
     "modulated_input 0.2": StepCache(threshold=0.2, signal="modulated_input"),
     "modulated_input 1, at most 9 in a row": StepCache(threshold=1.0, max_skips=9, signal="modulated_input"),
+    f"modulated_input 0.03{NOT_CALIBRATED}": StepCache(threshold=0.03, signal="modulated_input"),
+    f"modulated_input 0.05{NOT_CALIBRATED}": StepCache(threshold=0.05, signal="modulated_input"),
 }
 
 
@@ -94,10 +97,10 @@ def compare(
     """(name, pictures, {saved, psnr, ssim: one per picture}) of the runs without a cache and with each."""
     dit = pipeline.transformer
 
-    def paint_all(cache: StepCache) -> tuple[np.ndarray, list[float]]:
+    def paint_all(cache: StepCache, calibrated: bool = True) -> tuple[np.ndarray, list[float]]:
         latents, saved = [], []
         for seed, text in enumerate(texts):
-            run = StepCacheRun.of(cache, dit.config)
+            run = StepCacheRun.of(cache, dit.config) if calibrated else StepCacheRun(cache, len(dit.layers))
             latents.append(sample(pipeline, run, text, seed, side=side))
             saved.append(run.skipped / (run.skipped + run.whole))
         return np.concatenate([paint(pipeline, latent) for latent in latents]), saved
@@ -105,7 +108,7 @@ def compare(
     whole, none = paint_all(WHOLE)
     yield "whole", whole, {"saved": none, "psnr": [99.0] * len(texts), "ssim": [1.0] * len(texts)}
     for name, cache in caches.items():
-        pictures, saved = paint_all(cache)
+        pictures, saved = paint_all(cache, not name.endswith(NOT_CALIBRATED))
         each = [psnr(a[None], b[None]) for a, b in zip(pictures, whole, strict=True)]
         yield name, pictures, {"saved": saved, "psnr": each, "ssim": ssim(pictures, whole)}
 

@@ -73,7 +73,8 @@ def run(pipeline: Pipeline, name: str, sigmas: Tensor) -> Tensor:
 
 @torch.no_grad()
 def paint(pipeline: Pipeline, latents: Tensor) -> np.ndarray:
-    shown = torch.cat([pipeline.vae.decode_fitting(x) for x in latents.split(BATCH)])
+    latents = latents.to(next(pipeline.vae.parameters()).dtype)
+    shown = torch.cat([pipeline.vae.decode_fitting(x) for x in latents.split(BATCH)]).float()
     return ((shown / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 

@@ -34,6 +34,19 @@ def test_our_sampler_and_cores_custom_sampling_are_one(name, latents):
     assert torch.equal(ours, custom)
 
 
+def test_heun_is_cores_and_dpmpp_2m_is_not(latents):
+    """As the help page says; core's counts time in minus the logarithm of the noise level."""
+    graph = Graph()
+    links = []
+    for name in ("heun", "dpmpp_2m"):
+        links.append(advanced(graph, sampler=name))
+        other = dict(graph.prompt[links[-1][0]]["inputs"], sampler=graph.add("KSamplerSelect", sampler_name=name))
+        links.append(graph.add("SamplerCustomAdvanced", **other))
+    heun, cores_heun, dpmpp, cores_dpmpp = latents(graph, *links)
+    assert difference(heun, cores_heun) < SAME
+    assert difference(dpmpp, cores_dpmpp) > 10 * SAME
+
+
 def test_without_the_input_it_is_euler_bit_for_bit(latents):
     graph = Graph()
     before, euler, heun = latents(

@@ -48,7 +48,8 @@ def test_threshold_0_changes_nothing(signal, latents, new_log):
 
 @both_signals
 def test_evaluations_are_left_out_and_counted(signal, latents, new_log):
-    graph = Graph()
+    graph = Graph()  # 128 px: below what the tiny model was trained on, small changes end far apart
+    graph.latent = graph.add("ErnieEmptyLatent", size="custom", width=128, height=128, batch_size=1)
     model = cached(graph, signal=signal)
     plain, fast = latents(graph, graph.ernie_sampler(steps=MANY), graph.ernie_sampler(steps=MANY, model=model))
     log = new_log()
@@ -56,7 +57,8 @@ def test_evaluations_are_left_out_and_counted(signal, latents, new_log):
     ((left_out, total),) = reported(log)
     assert total == 2 * MANY
     assert 0 < left_out < total
-    assert 0 < difference(plain, fast) < 0.5
+    assert difference(plain, fast) > 0
+    assert (plain - fast).abs().mean() < 0.3 * plain.abs().mean()  # 0.19 and 0.12, as without a host
 
 
 def test_core_samplers_leave_out_the_same(latents, new_log):
