@@ -30,6 +30,7 @@ LESSONS = {
     "guidance": "guidance_helps",
     "inpaint": "inpaint_fits",
     "negative": "negative_helps",
+    "variety": "variety_helps",
     "samplers": "samplers_pay",
     "calibrate": "calibrate_cache",
     "cache": "cache_saves",

@@ -75,6 +75,13 @@ CASES: dict[str, Case] = {
     "8 steps": Case(steps=8),
     "8 steps, cfg-zero*": Case(steps=8, rules=(ZeroStar(),), peer="8 steps"),
     "8 steps, cfg-zero*, 1 zero step": Case(steps=8, rules=(ZeroStar(zero_steps=1),), peer="8 steps"),
+    "8 steps, cfg 12": Case(steps=8, cfg=12.0, peer="8 steps"),
+    **{
+        f"8 steps, cfg 12, apg, eta {eta:g}, momentum {momentum:g}": Case(
+            steps=8, cfg=12.0, rules=(Projection(eta=eta, momentum=momentum),), peer="8 steps, cfg 12"
+        )
+        for eta, momentum in ((0.0, -0.5), (0.0, 0.0), (0.5, 0.0), (0.5, -0.5))
+    },
     "cfg-zero*": Case(rules=(ZeroStar(),)),
     "cfg-zero*, 1 zero step": Case(rules=(ZeroStar(zero_steps=1),)),
     "skip layers 1.5": Case(rules=(SkipLayers(blocks=(2,), scale=1.5),)),

@@ -25,7 +25,7 @@ class ErnieExtension(ComfyExtension):
         from .editing import ErnieEditWords, ErnieInvertPicture, ErnieMixNoise, ErnieVariation
         from .experts import ErnieExpert, ErnieMixExperts
         from .grid import ErnieXYGrid
-        from .guidance import ErnieGuidance, ErnieNegativeForTurbo, ErnieSkipLayerGuidance
+        from .guidance import ErnieGuidance, ErnieNegativeForTurbo, ErnieSeedVariety, ErnieSkipLayerGuidance
         from .inpainting import ErnieHardInpaint, ErnieInpaintPrepare, ErnieInpaintStitch
         from .layout import ErnieLayoutPrompt
         from .loading import (
@@ -78,6 +78,7 @@ class ErnieExtension(ComfyExtension):
             ErnieGuidance,
             ErnieSkipLayerGuidance,
             ErnieNegativeForTurbo,
+            ErnieSeedVariety,
             ErnieBatchFromPrompts,
             ErnieXYGrid,
             ErnieCompareImages,

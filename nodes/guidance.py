@@ -98,7 +98,7 @@ class ErnieGuidance(io.ComfyNode):
                     round=0.01,
                     advanced=True,
                     tooltip="apg only: share of the earlier steps' difference that is added, -0.99 to 0.99. -0.5 is "
-                    "the paper's, 0 (neutral) = none.",
+                    "the paper's, 0 (neutral) = none; take 0 at few steps or a high cfg.",
                 ),
                 io.Float.Input(
                     "norm_threshold",
@@ -199,12 +199,12 @@ class ErnieNegativeForTurbo(io.ComfyNode):
                 io.Conditioning.Input("negative", tooltip="Encoded text that names what shall not be in the picture."),
                 io.Float.Input(
                     "scale",
-                    default=5.0,
+                    default=3.0,
                     min=0.0,
                     max=100.0,
                     step=0.5,
                     round=0.01,
-                    tooltip="How far the picture is pushed away from it, 0 to 100. 1 (neutral) = off.",
+                    tooltip="How far the picture is pushed away from it, 0 to 100. 1 (neutral) = off; try 2 to 5.",
                 ),
                 start_input("It acts"),
                 end_input("It acts"),
@@ -221,13 +221,14 @@ class ErnieNegativeForTurbo(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "alpha",
-                    default=0.25,
+                    default=0.1,
                     min=0.0,
                     max=1.0,
                     step=0.05,
                     round=0.01,
                     advanced=True,
-                    tooltip="Share of the pushed attention in the result, 0 to 1. 0 (neutral) = off.",
+                    tooltip="Share of the pushed attention in the result, 0 to 1. 0 (neutral) = off; try 0.1 to 0.25, "
+                    "the paper's for FLUX. Lower is safer.",
                 ),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="The model with this negative prompt inside.")],
@@ -236,3 +237,63 @@ class ErnieNegativeForTurbo(io.ComfyNode):
     @classmethod
     def execute(cls, model, negative, scale, start, end, tau, alpha) -> io.NodeOutput:
         return io.NodeOutput(host.add_nag(model, negative, scale=scale, start=start, end=end, tau=tau, alpha=alpha))
+
+
+class ErnieSeedVariety(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ErnieSeedVariety",
+            display_name="Seed Variety (ERNIE)",
+            category=CATEGORY,
+            description="Lets seeds differ more, by noise in the prompt's features during the first steps.",
+            inputs=[
+                io.Model.Input("model", tooltip=MODEL_TOOLTIP),
+                io.Float.Input(
+                    "strength",
+                    default=0.25,
+                    min=0.0,
+                    max=4.0,
+                    step=0.05,
+                    round=0.01,
+                    tooltip="Noise in the features, in their own deviations, 0 to 4. 0 (neutral) = off; from 1 on the "
+                    "prompt gets lost.",
+                ),
+                io.Float.Input(
+                    "start",
+                    default=0.9,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="From the first step down to this noise level, 1 to 0, the noise is there in full; below "
+                    "it fades. There is no neutral value.",
+                ),
+                io.Float.Input(
+                    "end",
+                    default=0.8,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="From this noise level down, 1 to 0, the features are exact. 1 (neutral) = no noise.",
+                ),
+                io.Float.Input(
+                    "rescale",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.05,
+                    round=0.01,
+                    advanced=True,
+                    tooltip="How far mean and deviation of the features are brought back after the noise, 0 to 1. 1 = "
+                    "as without noise, 0 = not at all. There is no neutral value.",
+                ),
+            ],
+            outputs=[io.Model.Output(display_name="model", tooltip="The model with varied prompts, for any sampler.")],
+        )
+
+    @classmethod
+    def execute(cls, model, strength: float, start: float, end: float, rescale: float) -> io.NodeOutput:
+        from ..ernie_core.sampling.variety import Variety
+
+        variety = Variety(strength=strength, start=start, end=end, rescale=rescale)
+        return io.NodeOutput(host.set_variety(model, variety))

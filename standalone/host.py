@@ -98,6 +98,8 @@ class Model:
     """How hard inpainting walks (`InnerIterations`); None = plain masking."""
     nag: Any = None
     """A negative prompt in the attention."""
+    variety: Any = None
+    """Noise in the prompt's features."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -607,6 +609,17 @@ def add_nag(model: Model, negative: list, **settings: float) -> Model:
     return replace(model, nag=nag)
 
 
+def set_variety(model: Model, variety: Any) -> Model:
+    """Return a model that paints under a noisy prompt while the noise level is high; `model` itself at strength 0."""
+    if variety.is_neutral:
+        return model
+    if model.variety is not None:
+        logger.warning(
+            "The Seed Variety (ERNIE) before this one is not used: one model has one. Remove one of the two."
+        )
+    return replace(model, variety=variety)
+
+
 # ---------------------------------------------------------------------------------------------------- LoRA
 
 
@@ -810,6 +823,7 @@ def sample_from_noise(
     from ..ernie_core.sampling.guidance import GuidanceRun
     from ..ernie_core.sampling.latents import mix_noise, step_noise
     from ..ernie_core.sampling.samplers import Sampler
+    from ..ernie_core.sampling.variety import VarietyRun
 
     start = _check_latent(latent).float()
     if len(sigmas) < 2:  # denoise 0
@@ -825,7 +839,8 @@ def sample_from_noise(
     guidance = GuidanceRun(model.guidance, sigmas)
     cached = ExitStack()
     run = cached.enter_context(_step_cache_run(model))
-    denoise = _denoise_of(model, positive, negative, batch, size, cfg, guidance, run)
+    varied = None if model.variety is None else VarietyRun(model.variety, noise)
+    denoise = _denoise_of(model, positive, negative, batch, size, cfg, guidance, run, varied)
     if latent.get("noise_mask") is not None:
         denoise = _masked(denoise, latent["noise_mask"], start, noise, model.inner)
     sampler = sampler or Sampler()
@@ -904,10 +919,12 @@ def _denoise_of(
     cfg: float,
     run: GuidanceRun,
     cache: Any = None,
+    varied: Any = None,
 ) -> Denoise:
     """Return what a MODEL does to a latent of `batch` pictures: its experts, LoRAs and left-out blocks included.
 
-    Guidance is that of `run` and the step cache, a `StepCacheRun` or None, is `cache`, whoever is asked.
+    Guidance is that of `run`, the step cache, a `StepCacheRun` or None, is `cache`, and the prompt's features are those
+    of `varied`, a `VarietyRun` or None, whoever is asked.
     """
     from ..ernie_core.sampling.experts import mix
     from ..ernie_core.sampling.guidance import with_guidance
@@ -916,7 +933,7 @@ def _denoise_of(
         dit = _bring(model.dit)
 
         def make_cond(*without: int) -> Denoise:
-            return _make_denoise(dit, (*model.skip, *without), positive, batch, size, cache, model.nag)
+            return _make_denoise(dit, (*model.skip, *without), positive, batch, size, cache, model.nag, varied)
 
         denoise = with_guidance(
             make_cond(),
@@ -935,7 +952,7 @@ def _denoise_of(
         if negative is None and cfg != 1:
             raise ErnieError(f"a negative prompt expected for the expert at cfg {cfg:g}, none came; connect one.")
         chosen = base if index < 0 else model.experts[index].model
-        return _denoise_of(chosen, positive, negative, batch, size, cfg, run, cache)
+        return _denoise_of(chosen, positive, negative, batch, size, cfg, run, cache, varied)
 
     def denoise_by(chosen: Model | None, cfg: float) -> Denoise:
         return denoise_of(places.get(id(chosen), -1), cfg)
@@ -965,27 +982,38 @@ def _make_denoise(
     size: tuple[int, int],
     cache: Any = None,
     nag: Any = None,
+    varied: Any = None,
 ) -> Denoise:
     """Return denoise(x, sigma) under one prompt; a conditioning batch repeats to the latent's batch, as on the host."""
     from ..ernie_core.model.dit import call_block
     from ..ernie_core.pipeline import make_denoise
     from ..ernie_core.sampling.regions import REGIONS_KEY
+    from ..ernie_core.sampling.variety import with_variety
 
     def run_kept(index: int, block: Any, x: Tensor, *inputs: Any) -> Tensor:
         return x if index in skip else call_block(index, block, x, *inputs)
 
     text_BTD, extras = conditioning[0]
-    texts = [text_BTD[i % len(text_BTD)] for i in range(batch)]
     regions = extras.get(REGIONS_KEY)
+
+    def make(text_BTD: Tensor, run_block: Any) -> Denoise:
+        texts = [text_BTD[i % len(text_BTD)] for i in range(batch)]
+        return make_denoise(dit, texts, *size, run_block=run_block, nag=nag, regions=regions)
+
+    def follow(run_block: Any) -> Denoise:
+        if varied is None:
+            return make(text_BTD, run_block)
+        return with_variety(lambda text_BTD: make(text_BTD, run_block), text_BTD, varied)
+
     run_block = run_kept if skip else call_block
     if cache is None:
-        return make_denoise(dit, texts, *size, run_block=run_block, nag=nag, regions=regions)
+        return follow(run_block)
     now = run_block
 
     def cached_block(index: int, block: Any, *inputs: Any) -> Tensor:
         return now(index, block, *inputs)
 
-    denoise = make_denoise(dit, texts, *size, run_block=cached_block, nag=nag, regions=regions)
+    denoise = follow(cached_block)
 
     def cached(x: Tensor, sigma: float) -> Tensor:
         nonlocal now

@@ -32,6 +32,7 @@ LEVELS = [
         "sampling.regions",
         "sampling.cache",
         "sampling.nag",
+        "sampling.variety",
     },
     {
         "weights.layouts",

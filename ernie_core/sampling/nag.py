@@ -35,12 +35,15 @@ class Nag:
     scale: 1 = off; above, how far the attention's output is pushed away.
     tau: the longest that the pushed output may be, in lengths of the plain one (sums of absolute values per token).
     alpha: share of the pushed output in the result, 0 to 1; 0 = off.
+
+    What is pushed in the end is alpha * (scale - 1). The paper takes 5, 2.5 and 0.25 for FLUX; here that takes objects
+    apart on the tiny model, so the defaults are weaker (bench/GUIDANCE.md).
     """
 
     text_BTD: Tensor
-    scale: float = 5.0
+    scale: float = 3.0
     tau: float = 2.5
-    alpha: float = 0.25
+    alpha: float = 0.1
     start: float = 1.0
     end: float = 0.0
 

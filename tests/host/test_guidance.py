@@ -162,6 +162,70 @@ def test_on_cores_model_all_of_it_acts_as_on_ours(latents, has_core_model):
     assert difference(theirs, ours) < SAME
 
 
+def vary(graph, model=None, **changes):
+    settings = {"strength": 1.0, "start": 0.9, "end": 0.6, "rescale": 1.0} | changes
+    return graph.add("ErnieSeedVariety", model=model or graph.model, **settings)
+
+
+@pytest.mark.parametrize("cfg", [1.0, 4.0])
+def test_seed_variety_is_standalones(latents, standalone_latent, cfg):
+    graph = Graph()
+    link = graph.ernie_sampler(model=vary(graph), cfg=cfg)
+    wanted = standalone_latent(graph, link)
+    plain, ours, core, neutral, below = latents(
+        graph,
+        graph.ernie_sampler(cfg=cfg),
+        link,
+        graph.ksampler(model=vary(graph), cfg=cfg),
+        graph.ernie_sampler(model=vary(graph, strength=0.0), cfg=cfg),
+        graph.ernie_sampler(model=vary(graph, end=1.0, start=1.0), cfg=cfg),
+    )
+    assert difference(ours, wanted) < SAME
+    assert difference(core, wanted) < SAME
+    assert difference(ours, plain) > 10 * SAME
+    assert torch.equal(neutral, plain)
+    assert torch.equal(below, plain)
+
+
+def test_seed_variety_of_a_batch_is_that_of_its_pictures(latents):
+    """KSampler knows a picture's place in its batch by the noise only."""
+    graph = Graph()
+    four = graph.add("ErnieEmptyLatent", size="custom", width=64, height=64, batch_size=3)
+    third = graph.add("LatentFromBatch", samples=four, batch_index=2, length=1)
+    model = vary(graph)
+    batch, alone, core = latents(
+        graph,
+        graph.ernie_sampler(model=model, latent_image=four),
+        graph.ernie_sampler(model=model, latent_image=third),
+        graph.ksampler(model=model, latent_image=third),
+    )
+    assert difference(batch[2:], alone) < SAME
+    assert difference(core, alone) < SAME
+    assert difference(batch[:1], batch[1:2]) > 10 * SAME
+
+
+def test_seed_variety_acts_on_cores_model_as_on_ours(latents, has_core_model):
+    if not has_core_model:
+        pytest.skip("this ComfyUI has no ERNIE-Image model of its own")
+    graph = Graph()
+    core = graph.add("CoreModel", file="ernie-image.safetensors")
+    theirs, ours = latents(graph, *(graph.ernie_sampler(model=vary(graph, m)) for m in (core, graph.model)))
+    assert difference(theirs, ours) < SAME
+
+
+def test_patches_act_together_and_with_experts(latents, standalone_latent):
+    """Variety, a negative prompt, guidance and a step cache on a mixture whose lower expert is another cfg."""
+    graph = Graph()
+    model = vary(graph, guide(graph, negative(graph), rescale=0.5))
+    model = graph.add("ErnieStepCache", model=model, threshold=0.2, start=1.0, end=0.0, max_skips=1)
+    expert = graph.add("ErnieExpert", start=0.8, end=0.0, lora_name="none", strength=1.0, cfg=2.0)
+    link = graph.ernie_sampler(model=graph.add("ErnieMixExperts", model=model, experts=expert, blend=0.0))
+    wanted = standalone_latent(graph, link)
+    ours, alone = latents(graph, link, graph.ernie_sampler(model=model))
+    assert difference(ours, wanted) < SAME
+    assert difference(ours, alone) > 10 * SAME
+
+
 new_seeds = itertools.count(1000)  # ComfyUI answers a graph that it knows without running it
 LEVELS = make_sigmas(STEPS)[:-1].tolist()
 

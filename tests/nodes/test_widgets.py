@@ -17,6 +17,7 @@ SOCKETS = {
     "ErnieGuidance": {"model": "MODEL"},
     "ErnieSkipLayerGuidance": {"model": "MODEL"},
     "ErnieNegativeForTurbo": {"model": "MODEL", "negative": [["n", {}]]},
+    "ErnieSeedVariety": {"model": "MODEL"},
 }
 CONTEXT = {
     ("ErnieEmptyLatent", "width"): {"size": "custom"},
@@ -83,6 +84,7 @@ WIDGETS = [
     *[("ErnieGuidance", w) for w in ("norm_threshold", "zero_steps")],
     *[("ErnieSkipLayerGuidance", w) for w in ("scale", "blocks", "start", "end")],
     *[("ErnieNegativeForTurbo", w) for w in ("scale", "start", "end", "tau", "alpha")],
+    *[("ErnieSeedVariety", w) for w in ("strength", "start", "end", "rescale")],
     *[("ErnieBatchFromPrompts", w) for w in ("source", "name", "negative", "width", "height", "preset", "steps")],
     *[("ErnieBatchFromPrompts", w) for w in ("cfg", "shift", "seed", "collect", "wildcards")],
     *[("ErnieBatchFromPrompts", w) for w in ("variations", "remake", "made_with", "sampler")],

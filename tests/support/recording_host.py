@@ -102,6 +102,10 @@ class RecordingHost:
         self._note("add_nag", model, negative, sorted(settings.items()))
         return model
 
+    def set_variety(self, model, variety):
+        self._note("set_variety", model, variety)
+        return model
+
     def add_guidance(self, model, rules):
         self._note("add_guidance", model, tuple(rules))
         return model

@@ -79,6 +79,8 @@ def saved_pictures(prompt: dict) -> int:
             count += math.prod(len(text.split(",")) for text in values if text)
         if node["class_type"] == "ErnieEnhancePrompt":
             count *= node["inputs"].get("variants", 1)
+        if node["class_type"] == "ErnieEmptyLatent":
+            count *= node["inputs"]["batch_size"]
     return count + sum(made_by(prompt, n) for n, node in prompt.items() if node["class_type"] in makers)
 
 

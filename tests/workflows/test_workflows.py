@@ -32,6 +32,7 @@ NAMES = [
     "preference_loop",
     "regional_prompts",
     "score_folder",
+    "seed_variety",
     "step_cache",
     "text_to_image",
     "tournament",
