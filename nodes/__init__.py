@@ -49,6 +49,7 @@ class ErnieExtension(ComfyExtension):
         from .text import ErnieEncodePrompt, ErnieEnhancePrompt, ErnieServerEnhancer
         from .tournament import ErniePairsFromScores, ErnieTournament
         from .training import ErniePreflight, ErnieReducedDepth, ErnieTrain, ErnieTrainingReport
+        from .upscaling import ErnieTiledSampling, ErnieUpscaleLatent
         from .wildcards import ErnieWildcards
         from .win_rate import ErnieChoosePairs, ErnieWinRate
 
@@ -75,6 +76,8 @@ class ErnieExtension(ComfyExtension):
             ErnieVariation,
             ErnieInvertPicture,
             ErnieMixNoise,
+            ErnieUpscaleLatent,
+            ErnieTiledSampling,
             ErnieGuidance,
             ErnieSkipLayerGuidance,
             ErnieNegativeForTurbo,

@@ -100,6 +100,8 @@ class Model:
     """A negative prompt in the attention."""
     variety: Any = None
     """Noise in the prompt's features."""
+    tiles: Any = None
+    """How large pictures are cut (`Tiles`); None = not at all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -884,13 +886,10 @@ def sample_branches(
         return _with_samples(latent, start)
     start = start.to(device())
     batch, size = start.shape[0], (start.shape[2], start.shape[3])
-    denoise = {}
-    for branch, (positive, negative, cfg) in branches.items():
+    for branch, (positive, negative, _) in branches.items():
         for name, conditioning in (("prompt", positive), ("negative", negative)):
             if conditioning is not None:
                 _check_conditioning(model.dit.config.text_in_dim, f"{branch} {name}", conditioning)
-        guidance = GuidanceRun(model.guidance, sigmas)  # it remembers what it saw: each branch has its own
-        denoise[branch] = _denoise_of(model, positive, negative, batch, size, cfg, guidance)
     mask = latent.get("noise_mask")
     bar = progress(steps)
 
@@ -898,7 +897,13 @@ def sample_branches(
         bar.update_absolute(step + 1, steps)
         throw_if_interrupted()
 
-    with torch.inference_mode():
+    with torch.inference_mode(), _step_cache_run(model) as cache:
+        # Guidance and the cache, which knows prompts by their lists, remember what they saw: each branch has its own.
+        own = {b: (p[:], None if n is None else n[:], cfg) for b, (p, n, cfg) in branches.items()}
+        denoise = {
+            branch: _denoise_of(model, positive, negative, batch, size, cfg, GuidanceRun(model.guidance, sigmas), cache)
+            for branch, (positive, negative, cfg) in own.items()
+        }
         x = run(denoise, start, on_step=on_step, mask_BCHW=None if mask is None else fit_mask(mask, start))
     return _with_samples(latent, x.cpu().clone())
 
@@ -933,11 +938,14 @@ def _denoise_of(
         dit = _bring(model.dit)
 
         def make_cond(*without: int) -> Denoise:
-            return _make_denoise(dit, (*model.skip, *without), positive, batch, size, cache, model.nag, varied)
+            nag, tiles = model.nag, model.tiles
+            return _make_denoise(dit, (*model.skip, *without), positive, batch, size, cache, nag, varied, tiles=tiles)
 
         denoise = with_guidance(
             make_cond(),
-            None if negative is None or cfg == 1 else _make_denoise(dit, model.skip, negative, batch, size, cache),
+            None
+            if negative is None or cfg == 1
+            else _make_denoise(dit, model.skip, negative, batch, size, cache, tiles=model.tiles),
             cfg,
             run,
             without=lambda blocks: make_cond(*blocks),
@@ -983,8 +991,44 @@ def _make_denoise(
     cache: Any = None,
     nag: Any = None,
     varied: Any = None,
+    tiles: Any = None,
 ) -> Denoise:
     """Return denoise(x, sigma) under one prompt; a conditioning batch repeats to the latent's batch, as on the host."""
+    from ..ernie_core.sampling.regions import REGIONS_KEY
+    from ..ernie_core.sampling.tiles import with_tiles
+
+    boxes = [] if tiles is None else tiles.boxes(*size)
+    if len(boxes) < 2:
+        return _make_whole_denoise(dit, skip, conditioning, batch, size, cache, nag, varied, id(conditioning))
+    text, extras = conditioning[0]
+    regions = extras.get(REGIONS_KEY)
+
+    def denoise_of(number: int, box: Any) -> Denoise:
+        within = {} if regions is None else {REGIONS_KEY: regions.within(box, *size)}
+        prompt, key = [[text, {**extras, **within}]], (id(conditioning), number)
+        denoise = _make_whole_denoise(dit, skip, prompt, batch, (box.height, box.width), cache, nag, varied, key)
+
+        def one_tile(x: Tensor, sigma: float) -> Tensor:
+            throw_if_interrupted()
+            return denoise(x, sigma)
+
+        return one_tile
+
+    return with_tiles(denoise_of, boxes)
+
+
+def _make_whole_denoise(
+    dit: Any,
+    skip: tuple[int, ...],
+    conditioning: list,
+    batch: int,
+    size: tuple[int, int],
+    cache: Any,
+    nag: Any,
+    varied: Any,
+    asked: Any,
+) -> Denoise:
+    """Return denoise(x, sigma) that makes one call; `asked` is by what a step cache knows the prompt and the tile."""
     from ..ernie_core.model.dit import call_block
     from ..ernie_core.pipeline import make_denoise
     from ..ernie_core.sampling.regions import REGIONS_KEY
@@ -1018,7 +1062,7 @@ def _make_denoise(
     def cached(x: Tensor, sigma: float) -> Tensor:
         nonlocal now
         # A negative prompt in the attention brings tokens of its own, in its range.
-        key = (id(dit), dit.active_loras, id(conditioning), skip, nag is not None and nag.acts_at(sigma))
+        key = (id(dit), dit.active_loras, asked, skip, nag is not None and nag.acts_at(sigma))
         now = cache.run_block(key, sigma, run_block)
         return denoise(x, sigma)
 
@@ -1043,6 +1087,11 @@ def set_inner_iterations(model: Model, how: Any) -> Model:
     They act where the latent has a noise mask.
     """
     return model if how.is_neutral else replace(model, inner=how)
+
+
+def set_tiles(model: Model, tiles: Any) -> Model:
+    """Return a model that denoises pictures larger than a tile in tiles, in place of earlier ones."""
+    return replace(model, tiles=tiles)
 
 
 def decode(vae: Any, latent: Mapping[str, Any]) -> Tensor:

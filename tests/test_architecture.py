@@ -20,7 +20,7 @@ LEVELS = [
     {"config", "wildcards", "lettering"},
     {"sampling.inputs", "sampling.schedule", "sampling.latents", "sampling.guidance"},
     {"model.rope", "model.attention", "model.kv_cache", "sampling.calibration"},
-    {"sampling.experts", "sampling.masks", "sampling.langevin"},
+    {"sampling.experts", "sampling.masks", "sampling.langevin", "sampling.tiles"},
     {"sampling.inpaint"},
     {
         "model.dit",

@@ -1,4 +1,4 @@
-"""Latents: 2x2 packing, noise, mixing.
+"""Latents: 2x2 packing, size, noise, mixing.
 
 Conventions: a packed latent is [B, 4c, H/16, W/16] with channel = 4 c + 2 row + column ("c pi pj" in diffusers, BFL and
 ComfyUI alike). Noise is drawn on the CPU in fp32, so that one seed is one picture on every device.
@@ -10,10 +10,12 @@ import hashlib
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
 from ..config import SIZE_MULTIPLE, check_size
+from ..errors import ErnieError
 
 
 def patchify(vae_latent_BCHW: Tensor) -> Tensor:
@@ -24,6 +26,36 @@ def patchify(vae_latent_BCHW: Tensor) -> Tensor:
 def unpatchify(packed_BCHW: Tensor) -> Tensor:
     """[B, 4c, h, w] -> [B, c, 2h, 2w]; the inverse of `patchify`."""
     return rearrange(packed_BCHW, "b (c p q) h w -> b c (h p) (w q)", p=2, q=2)
+
+
+RESIZE_METHODS = ("bicubic", "bilinear", "nearest-exact")
+
+
+def scaled_size(height: int, width: int, scale: float) -> tuple[int, int]:
+    """Both sides of a latent times `scale`, rounded to whole cells, at least 1; ErnieError unless 0 < scale <= 16."""
+    if not 0 < scale <= 16:
+        raise ErnieError(f"scale must be above 0 (1 = the same size) and at most 16, got {scale:g}.")
+    return max(1, round(height * scale)), max(1, round(width * scale))
+
+
+def resize_latent(packed_BCHW: Tensor, height: int, width: int, method: str = "bicubic") -> Tensor:
+    """[B, 4c, h, w] -> [B, 4c, height, width], what it shows staying in its place; the same tensor at its own size.
+
+    Resized is the latent behind the packing: in the packed one the four sub-pixels of a cell are channels, and each
+    would be spread over the whole cell, up to a quarter of a cell off its place. Their normalisation is taken as equal.
+
+    Raises:
+        ErnieError: a side below 1, or no such method.
+    """
+    if method not in RESIZE_METHODS:
+        raise ErnieError(f"method must be one of {', '.join(RESIZE_METHODS)}, got {method!r}.")
+    if min(height, width) < 1:
+        raise ErnieError(f"a latent of at least 1 x 1 expected, got {height} x {width}: choose a larger scale.")
+    if packed_BCHW.shape[2:] == (height, width):
+        return packed_BCHW
+    smooth = {} if method == "nearest-exact" else {"antialias": True, "align_corners": False}
+    size = (2 * height, 2 * width)
+    return patchify(F.interpolate(unpatchify(packed_BCHW.float()), size=size, mode=method, **smooth)).to(packed_BCHW)
 
 
 def latent_size(width: int, height: int) -> tuple[int, int]:

@@ -29,6 +29,7 @@ from torch import Tensor
 from ..errors import ErnieError
 from ..model.attention import AttentionFunction, attention
 from ..model.rope import RopeTable, angles, positions
+from .tiles import Box
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +60,11 @@ class Regions:
     def plus(self, length: int, mask_HW: Tensor) -> Regions:
         """These regions and one more, whose text of `length` tokens is put behind the others."""
         return Regions(lengths=(*self.lengths, length), masks_HW=(*self.masks_HW, mask_HW))
+
+    def within(self, box: Box, rows: int, columns: int) -> Regions:
+        """What of them lies in `box` of a latent of `rows` x `columns` cells."""
+        masks = tuple(box.of(_over(mask, rows, columns)) for mask in self.masks_HW)
+        return Regions(lengths=self.lengths, masks_HW=masks)
 
 
 def add_region(conditioning: Conditioning, region: Conditioning, mask: Tensor, strength: float) -> Conditioning:
@@ -121,12 +127,14 @@ def check_region_mask(mask: Tensor) -> Tensor:
     return mask.float().cpu()
 
 
+def _over(mask_HW: Tensor, rows: int, columns: int) -> Tensor:
+    """A mask stretched over a latent of this size."""
+    return F.interpolate(mask_HW[None, None].float(), size=(rows, columns), mode="area")[0, 0]
+
+
 def region_weights(regions: Regions, rows: int, columns: int) -> Tensor:
     """Weights [R, L] of each text on each image token, multiples of 1 / LEVELS; the base fills what regions leave."""
-    maps = [
-        F.interpolate(mask[None, None].float(), size=(rows, columns), mode="area").flatten()
-        for mask in regions.masks_HW
-    ]
+    maps = [_over(mask, rows, columns).flatten() for mask in regions.masks_HW]
     weights = (torch.stack(maps) * LEVELS).round() / LEVELS
     base = ((1 - weights).prod(dim=0) * LEVELS).round() / LEVELS
     return torch.cat([base[None], weights])

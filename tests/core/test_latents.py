@@ -3,6 +3,7 @@
 import pytest
 import torch
 from ernie_pack.ernie_core.errors import ErnieError
+from ernie_pack.ernie_core.sampling import latents
 from ernie_pack.ernie_core.sampling.latents import latent_size, make_noise, mix_noise, patchify, unpatchify
 
 
@@ -63,3 +64,53 @@ def test_each_picture_may_have_its_own_sigma():
     x0, noise = torch.zeros(2, 1, 1, 1), torch.ones(2, 1, 1, 1)
     sigma = torch.tensor([0.25, 0.75])[:, None, None, None]
     assert mix_noise(x0, noise, sigma).flatten().tolist() == [0.25, 0.75]
+
+
+def picture_of(field, height, width):
+    """The packed latent [1, 4, height, width] whose sub-pixels sample field(y, x), y and x in 0 to 1."""
+    y = (torch.arange(2 * height) + 0.5) / (2 * height)
+    x = (torch.arange(2 * width) + 0.5) / (2 * width)
+    return latents.patchify(field(y[:, None], x[None, :])[None, None])
+
+
+@pytest.mark.parametrize("method", ["bicubic", "bilinear"])
+def test_a_resized_latent_stays_in_its_place(method):
+    def ramp(y, x):
+        return 3 * y - 2 * x
+
+    out = latents.resize_latent(picture_of(ramp, 8, 12), 16, 24, method)
+    expected = picture_of(ramp, 16, 24)
+    inside = (..., slice(3, -3), slice(3, -3))  # at the edges every method makes things up
+    assert (out - expected)[inside].abs().max() < 1e-5
+    # What resizing the packed channels makes of it: every sub-pixel off its place.
+    packed = torch.nn.functional.interpolate(picture_of(ramp, 8, 12), size=(16, 24), mode=method, align_corners=False)
+    assert (packed - expected)[inside].abs().max() > 0.03
+
+
+@pytest.mark.parametrize("method", latents.RESIZE_METHODS)
+def test_resizing_keeps_what_needs_no_change(method):
+    x = torch.randn(2, 128, 5, 3, generator=torch.Generator().manual_seed(3))
+    assert latents.resize_latent(x, 5, 3, method) is x
+    for size in ((10, 6), (3, 2)):
+        flat = latents.resize_latent(torch.full_like(x, 0.5), *size, method)
+        assert flat.shape == (2, 128, *size)
+        assert (flat - 0.5).abs().max() < 1e-6
+
+
+def test_nearest_repeats_sub_pixels():
+    x = torch.randn(1, 128, 3, 4, generator=torch.Generator().manual_seed(4))
+    out = latents.unpatchify(latents.resize_latent(x, 6, 8, "nearest-exact"))
+    assert torch.equal(out, latents.unpatchify(x).repeat_interleave(2, -1).repeat_interleave(2, -2))
+
+
+def test_sizes_and_methods_that_do_not_exist_are_refused():
+    x = torch.zeros(1, 128, 3, 4)
+    with pytest.raises(ErnieError, match="method must be one of bicubic, bilinear, nearest-exact, got 'area'"):
+        latents.resize_latent(x, 6, 8, "area")
+    with pytest.raises(ErnieError, match="a latent of at least 1 x 1 expected, got 0 x 8"):
+        latents.resize_latent(x, 0, 8)
+    assert latents.scaled_size(9, 5, 1.5) == (14, 8)
+    assert latents.scaled_size(3, 3, 0.1) == (1, 1)
+    for scale in (0.0, -1.0, 17.0, float("nan")):
+        with pytest.raises(ErnieError, match="scale must be above 0"):
+            latents.scaled_size(4, 4, scale)

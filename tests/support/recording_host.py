@@ -98,6 +98,10 @@ class RecordingHost:
         self._note("set_step_cache", model, cache)
         return model
 
+    def set_tiles(self, model, tiles):
+        self._note("set_tiles", model, tiles)
+        return model
+
     def add_nag(self, model, negative, **settings):
         self._note("add_nag", model, negative, sorted(settings.items()))
         return model

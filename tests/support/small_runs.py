@@ -21,6 +21,11 @@ MAX_WORDS = 12  # tokens that an enhancer with random weights writes; it never e
 def shrink(prompt: dict, *, side_px: int, steps: int) -> dict:
     """A copy of an API-format workflow that draws `side_px` x `side_px` pictures in at most `steps` steps."""
     small = copy.deepcopy(prompt)
+    final_px, scales = (
+        side_px,
+        [n["inputs"]["scale"] for n in small.values() if n["class_type"] == "ErnieUpscaleLatent"],
+    )
+    side_px = round(side_px / math.prod(scales))
     for node in small.values():
         inputs = node["inputs"]
         if node["class_type"] == "PrimitiveInt" and (node.get("_meta") or {}).get("title", "").lower() in SIDES:
@@ -44,6 +49,8 @@ def shrink(prompt: dict, *, side_px: int, steps: int) -> dict:
             inputs["source"] = "scorer"  # nobody is there to answer the tournament
         if node["class_type"] == "ErnieInpaintPrepare":
             inputs |= {m: side_px for m in MARGINS if inputs[m]} | {"size": side_px}
+        if node["class_type"] == "ErnieTiledSampling":
+            inputs |= {"tile": final_px // 2, "overlap": final_px // 4}
         if node["class_type"] == "ErnieTrain":
             inputs["process"] = "this one"  # the worker's start alone takes longer than such a run
     return small

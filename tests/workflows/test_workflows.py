@@ -22,6 +22,7 @@ NAMES = [
     "enhancer_variants",
     "guidance",
     "hardware_adviser",
+    "hires_fix",
     "image_to_image",
     "inpaint",
     "lora_report",
