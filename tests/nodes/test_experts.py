@@ -192,3 +192,16 @@ def test_an_expert_that_needs_a_negative_says_so(mixed, model):
     found, _ = mixed(model, {"cfg": 3.0})
     with pytest.raises(ErnieError, match="negative prompt expected for the expert at cfg 3"):
         paint(found, cfg=1.0, negative=False)
+
+
+def test_a_negative_prompt_in_the_attention_acts_on_all_lora_experts_before_and_after_mixing(mixed, model):
+    text_BTD = torch.randn(1, 2, model.dit.config.text_in_dim, generator=torch.Generator().manual_seed(5))
+
+    def under(model):
+        return host.add_nag(model, [[text_BTD, {}]], scale=5.0, alpha=0.5)
+
+    before, _ = mixed(under(model), HIGH_A, LOW_B)
+    mixture, _ = mixed(model, HIGH_A, LOW_B)
+    assert torch.equal(paint(before), paint(under(mixture)))
+    assert not torch.allclose(paint(before), paint(mixture), atol=1e-3)
+    assert not torch.allclose(paint(before), paint(under(model)), atol=1e-3)
