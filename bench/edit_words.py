@@ -32,6 +32,7 @@ from .tiny_runs import SAMPLING_STEPS, load_tiny, percent, remember, save_pictur
 FACTS = ("color", "shape", "background", "place")
 JUDGED = (*FACTS, "size")
 CASES, PAIRS = 120, 120
+ALONE = 25  # of the pairs painted apart too
 BATCH = 20
 SIDE = 8  # cells of the latent of a 128 px picture
 CFG = 4.0
@@ -194,9 +195,12 @@ def measure_regions(pipeline: Pipeline) -> Iterator[Row]:
         shown["regional"].append(decode(pipeline, sample_euler(with_cfg(cond, uncond, CFG), noise, sigmas))[0])
         plain = make_denoise(pipeline.transformer, pipeline.encode([" and ".join(captions)]), SIDE, SIDE)
         shown["one prompt"].append(decode(pipeline, sample_euler(with_cfg(plain, uncond, CFG), noise, sigmas))[0])
+        if i < ALONE:
+            for name, picture in painted_alone(pipeline, captions, i).items():
+                shown.setdefault(name, []).append(picture)
     for name, pictures in shown.items():
         hits: dict[str, list[bool]] = {"color": [], "shape": [], "both": []}
-        for (a, b), picture in zip(pairs, pictures, strict=True):
+        for (a, b), picture in zip(pairs[: len(pictures)], pictures, strict=True):
             middle = picture.shape[1] // 2
             seen = [look(_squared(half)) for half in (picture[:, :middle], picture[:, middle:])]
             right = {
@@ -207,14 +211,36 @@ def measure_regions(pipeline: Pipeline) -> Iterator[Row]:
         share = {fact: float(np.mean(found)) for fact, found in hits.items()}
         remember(f"regions_{name.replace(' ', '_')}", share)
         yield Row(
-            name=f"{name}: both halves right, {len(pairs)} pairs; colours {percent(share['color'])}, "
+            name=f"{name}: both halves right, {len(pictures)} pairs; colours {percent(share['color'])}, "
             f"shapes {percent(share['shape'])}",
             ours=percent(share["both"]),
             target=">= 80 %" if name == "regional" else "",
             met=share["both"] >= 0.8 if name == "regional" else None,
             untold="shown beside it",
         )
-    save_picture("regional_prompts", np.concatenate([np.concatenate(row[:8], axis=1) for row in shown.values()]))
+    rows = [shown[name][:8] for name in ("regional", "one prompt")]
+    save_picture("regional_prompts", np.concatenate([np.concatenate(row, axis=1) for row in rows]))
+
+
+def painted_alone(pipeline: Pipeline, captions: Sequence[str], seed: int) -> dict[str, np.ndarray]:
+    """What the model itself can do in half a picture: both prompts painted apart, their halves put together."""
+    sigmas, empty = make_sigmas(SAMPLING_STEPS), pipeline.encode([""])
+
+    def paint(caption: str, columns: int) -> np.ndarray:
+        cond, uncond = (
+            make_denoise(pipeline.transformer, t, SIDE, columns) for t in (pipeline.encode([caption]), empty)
+        )
+        noise = make_noise([seed], 128, SIDE, columns)
+        return decode(pipeline, sample_euler(with_cfg(cond, uncond, CFG), noise, sigmas))[0]
+
+    left, right = (paint(caption, SIDE) for caption in captions)
+    middle = left.shape[1] // 2
+    return {
+        "each alone on the whole canvas, its half cut out": np.concatenate(
+            [left[:, :middle], right[:, middle:]], axis=1
+        ),
+        "each alone on a canvas of half the width": np.concatenate([paint(c, SIDE // 2) for c in captions], axis=1),
+    }
 
 
 def _squared(half: np.ndarray) -> np.ndarray:

@@ -124,7 +124,7 @@ class ErnieEditWords(io.ComfyNode):
                 strength_input(
                     0.8,
                     "How much may change, 0 to 1: the noise level at which the edit begins, as a share of the steps. "
-                    "0 (neutral) gives the picture back; colours change from about 0.5 on, places need 0.8 or more.",
+                    "0 (neutral) gives the picture back; at 0.5 colours and backgrounds change, shapes want 0.8.",
                 ),
                 steps_input(tooltip=STEPS_TOOLTIP),
                 cfg_input("Strength of the target prompt, 0 to 100. 1 = no guidance, for Turbo."),
