@@ -101,7 +101,7 @@ def test_a_colour_that_nobody_looked_for_is_an_error():
         ((3.9, 0, 13.9, 10), set()),  # (3.9 - 2) / 3.9 = 0.49
         ((0, 0, 10, 10), set()),
     ],
-    ids=str,
+    ids=lambda value: "-".join(map(str, sorted(value))),
 )
 def test_where_an_object_lies(box, sides):
     assert relative_position(box, (0, 0, 10, 10)) == sides
