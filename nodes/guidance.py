@@ -14,7 +14,7 @@ CATEGORY = "ERNIE/guidance"
 APG, ZERO_STAR = "apg", "cfg-zero*"
 METHODS = ("cfg", APG, ZERO_STAR)
 # Settings of one method, with their defaults: those of the papers.
-OWN_SETTINGS = {"eta": (APG, 0.0), "momentum": (APG, -0.5), "norm_threshold": (APG, 0.0), "zero_steps": (ZERO_STAR, 0)}
+OWN_SETTINGS = {"eta": (APG, 0.0), "momentum": (APG, 0.0), "norm_threshold": (APG, 0.0), "zero_steps": (ZERO_STAR, 0)}
 
 MODEL_TOOLTIP = "ERNIE-Image model, ours or core's, with or without LoRA and other guidance."
 
@@ -91,7 +91,7 @@ class ErnieGuidance(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "momentum",
-                    default=-0.5,
+                    default=0.0,
                     min=-0.99,
                     max=0.99,
                     step=0.05,

@@ -24,7 +24,7 @@ NEUTRAL = {
     "rescale": 0.0,
     "skip_similarity": 1.0,
     "eta": 0.0,
-    "momentum": -0.5,
+    "momentum": 0.0,
     "norm_threshold": 0.0,
     "zero_steps": 0,
 }

@@ -21,7 +21,7 @@ GUIDANCE = {
     "rescale": 0.0,
     "skip_similarity": 1.0,
     "eta": 0.0,
-    "momentum": -0.5,
+    "momentum": 0.0,
     "norm_threshold": 0.0,
     "zero_steps": 0,
 }
@@ -71,7 +71,7 @@ def test_guidance_hands_over_its_rules(run, recording):
     run("ErnieGuidance", model="MODEL", **GUIDANCE | {"rescale": 0.7, "end": 0.2})
     assert given(recording) == (Interval(start=1.0, end=0.2), AdaptiveSkip(similarity=1.0), Rescale(share=0.7))
     run("ErnieGuidance", model="MODEL", **GUIDANCE | {"method": "apg", "norm_threshold": 2.0})
-    assert given(recording)[-1] == Projection(eta=0.0, momentum=-0.5, norm_threshold=2.0)
+    assert given(recording)[-1] == Projection(eta=0.0, momentum=0.0, norm_threshold=2.0)
     run("ErnieGuidance", model="MODEL", **GUIDANCE | {"method": "cfg-zero*", "zero_steps": 2})
     assert given(recording)[-1] == ZeroStar(zero_steps=2)
     run("ErnieSkipLayerGuidance", model="MODEL", **SKIP_LAYERS | {"scale": 2.0, "blocks": ""})
