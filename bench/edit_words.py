@@ -1,4 +1,4 @@
-"""Pictures edited by words, varied, and painted from two prompts at once, on the tiny model.
+"""Pictures edited by words, varied, painted from two prompts at once, and moved to a reference, on the tiny model.
 
 Edits: 120 held-out scenes, 30 each with another colour, shape, background and place. The picture that the model paints
 of the first caption is edited with the two canonical captions. Right = the asked fact is there *and* colour, shape,
@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import product
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from ..ernie_core.sampling.latents import make_noise, step_noise
 from ..ernie_core.sampling.regions import Regions
 from ..ernie_core.sampling.samplers import sample_euler
 from ..ernie_core.sampling.schedule import make_sigmas
+from ..ernie_core.sampling.style import StyleStatistics, with_style
 from ..tiny.measure import Measured, matches
 from ..tiny.measure import measure as look
 from ..tiny.scenes import COLORS, SHAPES, VALUES, Scene, canonical_caption, heldout_prompts, is_drawable
@@ -32,6 +34,8 @@ from .tiny_runs import SAMPLING_STEPS, load_tiny, percent, remember, save_pictur
 FACTS = ("color", "shape", "background", "place")
 JUDGED = (*FACTS, "size")
 CASES, PAIRS = 120, 120
+STYLED = 10  # pictures with a reference of another background
+STYLE_END = 0.6  # the node's default
 ALONE = 25  # of the pairs painted apart too
 BATCH = 20
 SIDE = 8  # cells of the latent of a 128 px picture
@@ -102,11 +106,12 @@ def judge(cases: Sequence[tuple[Scene, Scene, str]], kept: Sequence[bool], pictu
 
 
 def measure() -> Iterator[Row]:
-    """Rows of the edits by both methods, of variations, and of two prompts side by side."""
+    """Rows of the edits by both methods, of variations, of two prompts side by side, and of a reference."""
     torch.set_grad_enabled(False)
     pipeline = load_tiny()
     yield from measure_edits(pipeline)
     yield from measure_regions(pipeline)
+    yield from measure_style(pipeline)
 
 
 def measure_edits(pipeline: Pipeline) -> Iterator[Row]:
@@ -249,3 +254,47 @@ def _squared(half: np.ndarray) -> np.ndarray:
     return np.concatenate(
         [np.repeat(half[:, :1], width // 2, axis=1), half, np.repeat(half[:, -1:], width // 2, axis=1)], 1
     )
+
+
+def measure_style(pipeline: Pipeline) -> Iterator[Row]:
+    """How far a reference's statistics move the colours, and what is left of the shape.
+
+    The reference is another seed's picture of the same caption with another background. The distance is that of the
+    mean colours of picture and reference, in RGB (0 to 441).
+    """
+    cases = [case for case in make_cases(4 * STYLED) if case[2] == "background"]
+    sigmas = make_sigmas(SAMPLING_STEPS)
+
+    def paint(caption: str, seed: int, *styles: StyleStatistics) -> Tensor:
+        denoise = with_style(guided(pipeline, [caption], CFG), styles)
+        return sample_euler(denoise, make_noise([seed], 128, SIDE, SIDE), sigmas)
+
+    references = [paint(canonical_caption(other), 100 + i) for i, (_, other, _) in enumerate(cases)]
+    colours = [decode(pipeline, x)[0].mean((0, 1)) for x in references]
+    shown = [np.concatenate([decode(pipeline, x)[0] for x in references], axis=1)]
+    results: dict[str, dict[str, list]] = {}
+    settings = [(strength, end) for end in (STYLE_END, 0.3, 0.0) for strength in (0.5, 1.0)]
+    for named, (strength, end) in product((True, False), [(0.0, STYLE_END), *settings]):
+        pictures = []
+        for i, ((scene, _, _), reference) in enumerate(zip(cases, references, strict=True)):
+            caption = canonical_caption(scene)
+            caption = caption if named else caption.partition(" on a")[0]
+            style = StyleStatistics.of(reference, strength=strength, end=end)
+            pictures.append(decode(pipeline, paint(caption, i, style))[0])
+        if end == STYLE_END:
+            shown.append(np.concatenate(pictures, axis=1))
+        far = [float(np.linalg.norm(p.mean((0, 1)) - c)) for p, c in zip(pictures, colours, strict=True)]
+        right = [look(p).shape == scene.shape for p, (scene, _, _) in zip(pictures, cases, strict=True)]
+        words = "its background named" if named else "no background named"
+        name = f"style statistics, {words}, strength {strength:g}, end {end:g}"
+        results[name] = {"distance": far, "shape": right}
+        remember("style_statistics", results)
+        yield Row(
+            name=f"{name}: mean colour distance to the reference (sd {np.std(far):.1f}); "
+            f"shape right {sum(right)} of {len(cases)}",
+            ours=f"{np.mean(far):.1f}",
+            target="",
+            met=None,
+            untold="shown beside it",
+        )
+    save_picture("style_statistics", np.concatenate(shown))

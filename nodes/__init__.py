@@ -22,7 +22,13 @@ class ErnieExtension(ComfyExtension):
         from .caching import ErnieStepCache
         from .compare import ErnieCompareImages
         from .dataset import ErnieDatasetFolder, ErnieDatasetImages, ErniePairsFolder
-        from .editing import ErnieEditWords, ErnieInvertPicture, ErnieMixNoise, ErnieVariation
+        from .editing import (
+            ErnieEditWords,
+            ErnieInvertPicture,
+            ErnieMixNoise,
+            ErnieStyleStatistics,
+            ErnieVariation,
+        )
         from .experts import ErnieExpert, ErnieMixExperts
         from .grid import ErnieXYGrid
         from .guidance import ErnieGuidance, ErnieNegativeForTurbo, ErnieSeedVariety, ErnieSkipLayerGuidance
@@ -76,6 +82,7 @@ class ErnieExtension(ComfyExtension):
             ErnieVariation,
             ErnieInvertPicture,
             ErnieMixNoise,
+            ErnieStyleStatistics,
             ErnieUpscaleLatent,
             ErnieTiledSampling,
             ErnieGuidance,

@@ -282,3 +282,49 @@ class ErnieVariation(io.ComfyNode):
             steps=2 * steps,
         )
         return io.NodeOutput(varied)
+
+
+class ErnieStyleStatistics(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ErnieStyleStatistics",
+            display_name="Style Statistics (ERNIE)",
+            category=CATEGORY,
+            description="Moves colours and contrast of what a model paints towards those of a reference picture.",
+            inputs=[
+                io.Model.Input("model", tooltip="ERNIE-Image model, from these loaders or from core's."),
+                io.Latent.Input(
+                    "latent", tooltip="Reference picture through VAEEncode, of any size. Its noise mask is not used."
+                ),
+                strength_input(
+                    0.5, "How far to move, 0 to 1. 0 (neutral) = off, 1 = mean and contrast as in the reference."
+                ),
+                io.Float.Input(
+                    "start",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Act from this noise level down, 1 to 0. 1 = from the first step. There is no neutral "
+                    "value.",
+                ),
+                io.Float.Input(
+                    "end",
+                    default=0.6,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Act above this noise level, 1 to 0; below it the model paints freely. 1 (neutral) = "
+                    "never.",
+                ),
+            ],
+            outputs=[io.Model.Output(display_name="model", tooltip="The model that is moved, for any sampler.")],
+        )
+
+    @classmethod
+    def execute(cls, model, latent: dict, strength: float, start: float, end: float) -> io.NodeOutput:
+        from ..ernie_core.sampling.style import StyleStatistics
+
+        style = StyleStatistics.of(latent["samples"], strength=strength, start=start, end=end)
+        return io.NodeOutput(host.set_style(model, style))

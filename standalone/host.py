@@ -100,6 +100,8 @@ class Model:
     """A negative prompt in the attention."""
     variety: Any = None
     """Noise in the prompt's features."""
+    style: tuple[Any, ...] = ()
+    """References' statistics, in the order in which they act."""
     tiles: Any = None
     """How large pictures are cut (`Tiles`); None = not at all."""
 
@@ -622,6 +624,11 @@ def set_variety(model: Model, variety: Any) -> Model:
     return replace(model, variety=variety)
 
 
+def set_style(model: Model, style: Any) -> Model:
+    """Return a model whose clean estimate is moved by `style` too; `model` itself where it never acts."""
+    return model if style.is_neutral else replace(model, style=(*model.style, style))
+
+
 # ---------------------------------------------------------------------------------------------------- LoRA
 
 
@@ -689,6 +696,14 @@ def set_experts(model: Model, experts: Sequence[Any], *, blend: float = 0.0) -> 
         raise ErnieError("the model has experts already: put all of them into one chain of Expert (ERNIE) nodes.")
     if all(e.model is None and e.cfg is None for e in experts):
         return model
+    for expert in experts:
+        if expert.model is not None and expert.model.style:
+            logger.warning(
+                "The style statistics on the model of the expert for noise levels %g to %g are not used: put them on "
+                "the mixture, where they act on all experts.",
+                expert.band.start,
+                expert.band.end,
+            )
     return replace(model, experts=tuple(experts), expert_blend=blend)
 
 
@@ -933,6 +948,7 @@ def _denoise_of(
     """
     from ..ernie_core.sampling.experts import mix
     from ..ernie_core.sampling.guidance import with_guidance
+    from ..ernie_core.sampling.style import with_style
 
     if not model.experts:
         dit = _bring(model.dit)
@@ -950,7 +966,7 @@ def _denoise_of(
             run,
             without=lambda blocks: make_cond(*blocks),
         )
-        return _with_loras(denoise, dit, model.loras)
+        return with_style(_with_loras(denoise, dit, model.loras), model.style)
 
     base = replace(model, experts=(), expert_blend=0.0)
     places = {id(e.model): i for i, e in enumerate(model.experts) if e.model is not None}
@@ -959,7 +975,7 @@ def _denoise_of(
     def denoise_of(index: int, cfg: float) -> Denoise:
         if negative is None and cfg != 1:
             raise ErnieError(f"a negative prompt expected for the expert at cfg {cfg:g}, none came; connect one.")
-        chosen = base if index < 0 else model.experts[index].model
+        chosen = base if index < 0 else replace(model.experts[index].model, style=model.style)
         return _denoise_of(chosen, positive, negative, batch, size, cfg, run, cache, varied)
 
     def denoise_by(chosen: Model | None, cfg: float) -> Denoise:

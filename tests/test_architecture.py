@@ -33,6 +33,7 @@ LEVELS = [
         "sampling.cache",
         "sampling.nag",
         "sampling.variety",
+        "sampling.style",
     },
     {
         "weights.layouts",

@@ -43,6 +43,7 @@ from .runtime import (
 )
 from .sampling import empty_latent, make_sampler, sample
 from .scorers import list_scorers, place_scorer, scorer_layers, scorer_path, tokenizer_folders
+from .style import set_style
 from .text import count_tokens, encode_prompt, make_clip, make_enhancer
 from .tiles import set_tiles
 from .vae import decode, make_vae

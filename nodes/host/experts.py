@@ -10,6 +10,7 @@ from ...ernie_core.errors import ErnieError
 from ...ernie_core.sampling.experts import Expert, seats
 from .guidance import GUIDANCE_KEY
 from .models import check_model
+from .style import STYLE_KEY
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +41,13 @@ def set_experts(model, experts: Sequence[Expert], *, blend: float = 0.0):
                 logger.warning(
                     "The guidance on the model of the expert for noise levels %g to %g is not used: put it on the "
                     "mixture, where it acts on all experts.",
+                    expert.band.start,
+                    expert.band.end,
+                )
+            if expert.model.get_attachment(STYLE_KEY) is not None:
+                logger.warning(
+                    "The style statistics on the model of the expert for noise levels %g to %g are not used: put them "
+                    "on the mixture, where they act on all experts.",
                     expert.band.start,
                     expert.band.end,
                 )

@@ -121,3 +121,53 @@ def test_cores_model_is_edited_as_ours(latents, knows_ernie, comfyui_folder):
     for node in (edit, vary):
         theirs, ours = latents(graph, node(graph, core), node(graph))
         assert difference(theirs, ours) < SAME
+
+
+def restyle(graph, model=None, **changes):
+    reference = graph.ernie_sampler(seed=11, positive=graph.add("ErnieEncodePrompt", clip=graph.clip, prompt="a tree"))
+    settings = {"latent": reference, "strength": 0.7, "start": 1.0, "end": 0.6}
+    return graph.add("ErnieStyleStatistics", model=model or graph.model, **settings | changes)
+
+
+def test_style_statistics_of_strength_0_are_exact(latents):
+    graph = Graph()
+    neutral = restyle(graph, strength=0.0)
+    plain, ours, core_plain, core = latents(
+        graph,
+        graph.ernie_sampler(),
+        graph.ernie_sampler(model=neutral),
+        graph.ksampler(),
+        graph.ksampler(model=neutral),
+    )
+    assert torch.equal(plain, ours)
+    assert torch.equal(core_plain, core)
+
+
+@pytest.mark.parametrize("cfg", [1.0, CFG])
+def test_both_samplers_move_towards_a_reference_as_standalone_does(latents, standalone_latent, cfg):
+    graph = Graph()
+    model = restyle(graph, restyle(graph, strength=0.3, end=0.0))
+    link = graph.ernie_sampler(model=model, cfg=cfg)
+    wanted = standalone_latent(graph, link)
+    plain, ours, core = latents(graph, graph.ernie_sampler(cfg=cfg), link, graph.ksampler(model=model, cfg=cfg))
+    assert difference(ours, wanted) < SAME
+    assert difference(core, wanted) < SAME
+    assert difference(ours, plain) > 10 * SAME
+
+
+def test_cores_model_takes_style_statistics(latents, knows_ernie, comfyui_folder):
+    if not knows_ernie:
+        version = ".".join(map(str, read_version(comfyui_folder)))
+        pytest.skip(f"ComfyUI {version} has no ERNIE-Image model of its own")
+    graph = Graph()
+    core = graph.add("CoreModel", file="ernie-image.safetensors")
+    # Both get the same noise levels: core's model carries a shift of its own, which KSampler would follow.
+    sigmas = graph.add("ErnieSigmas", steps=STEPS, shift=4.0, denoise=1.0)
+    theirs, ours, plain = latents(
+        graph,
+        graph.custom_sampler(sigmas, model=restyle(graph, core)),
+        graph.custom_sampler(sigmas, model=restyle(graph)),
+        graph.custom_sampler(sigmas, model=core),
+    )
+    assert difference(theirs, plain) > 10 * SAME
+    assert difference(theirs, ours) < SAME

@@ -118,6 +118,28 @@ def test_guidance_on_the_mixture_acts_on_every_expert(latents, standalone_latent
     assert difference(ours, unguided) > 10 * SAME
 
 
+def test_style_statistics_on_the_mixture_act_on_every_expert_and_an_experts_own_are_named(
+    latents, standalone_latent, new_log
+):
+    graph = Graph()
+    reference = {"latent": graph.ernie_sampler(seed=11), "strength": 0.7, "start": 1.0, "end": 0.6}
+
+    def restyle(model):
+        return graph.add("ErnieStyleStatistics", model=model, **reference)
+
+    other = load_other(graph)
+    mixture = mix(graph, {"model": other})
+    link = graph.ernie_sampler(model=restyle(mixture))
+    wanted = standalone_latent(graph, link)
+    ours, plain = latents(graph, link, graph.ernie_sampler(model=mixture))
+    assert difference(ours, wanted) < SAME
+    assert difference(ours, plain) > 10 * SAME
+    assert "style statistics on the model of the expert" not in new_log()
+    (own,) = latents(graph, graph.ernie_sampler(model=mix(graph, {"model": restyle(other)})))
+    assert difference(own, plain) < SAME
+    assert "style statistics on the model of the expert for noise levels 1 to 0.7 are not used" in new_log()
+
+
 @pytest.mark.parametrize("sampler", ["ours", "core"])
 def test_one_expert_per_step_and_no_negative_where_cfg_is_1(latents, new_log, sampler):
     graph = Graph()

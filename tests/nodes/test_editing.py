@@ -6,6 +6,7 @@ import pytest
 import torch
 from ernie_pack.ernie_core.errors import ErnieError, Interrupted
 from ernie_pack.ernie_core.sampling import flow_edit as engine
+from ernie_pack.ernie_core.sampling.experts import Band, Expert
 from ernie_pack.ernie_core.sampling.schedule import make_sigmas
 from ernie_pack.standalone import host
 from ernie_pack.standalone.core_nodes import RandomNoiseSource
@@ -237,3 +238,88 @@ def test_an_interrupt_stops_it(real, tiny, node_id, monkeypatch):
     monkeypatch.setattr(host.session, "interrupted", True)
     with pytest.raises(Interrupted):
         real(node_id, steps=1000)
+
+
+# --- style statistics ------------------------------------------------------------------------------------------------
+
+REFERENCE = {"samples": torch.randn(1, 128, 3, 5, generator=torch.Generator().manual_seed(9)) + 0.5}
+
+
+@pytest.fixture
+def paint(node_classes, tiny):
+    """paint(model) -> samples of the tiny model's usual picture."""
+
+    def run(model):
+        return host.sample(
+            model,
+            positive=tiny.source,
+            negative=tiny.negative,
+            latent=host.empty_latent(64, 64, 1),
+            sigmas=make_sigmas(4),
+            cfg=4.0,
+            seed=3,
+        )["samples"]
+
+    return run
+
+
+@pytest.fixture
+def styled(node_classes, tiny):
+    def run(**changes):
+        sockets = {"model": tiny.model, "latent": REFERENCE, "strength": 0.5, "start": 1.0, "end": 0.6}
+        clone = node_classes["ErnieStyleStatistics"].PREPARE_CLASS_CLONE({"hidden_inputs": {}})
+        return clone.EXECUTE_NORMALIZED(**(sockets | changes)).result[0]
+
+    return run
+
+
+@pytest.mark.parametrize("changes", [{"strength": 0.0}, {"end": 1.0}, {"start": 0.6}])
+def test_neutral_statistics_are_the_model_itself(styled, tiny, changes):
+    assert styled(**changes) is tiny.model
+
+
+def test_statistics_move_the_picture_towards_the_reference(styled, paint, tiny):
+    def far(samples):
+        return float((samples.mean((2, 3)) - REFERENCE["samples"].mean((2, 3))).abs().mean())
+
+    distances = [far(paint(styled(strength=strength, end=0.0))) for strength in (0.0, 0.5, 1.0)]
+    assert distances == sorted(distances, reverse=True)
+    assert distances[2] < 1e-4  # the last estimate is the picture
+    assert torch.equal(tiny.latent["samples"], paint(styled(strength=0.0)))
+
+
+def test_several_statistics_act_in_their_order(styled, paint):
+    other = {"samples": -REFERENCE["samples"]}
+    last = paint(styled(model=styled(latent=other), strength=1.0, end=0.0))
+    torch.testing.assert_close(last.mean((2, 3)), REFERENCE["samples"].mean((2, 3)), rtol=0, atol=1e-4)
+
+
+def test_statistics_act_on_the_source_of_an_edit_too(real, styled, tiny):
+    """Both sides of the walk are moved alike, so equal prompts still give the picture back."""
+    same = {"target": tiny.source, "source_cfg": 4.0}
+    assert torch.equal(real("ErnieEditWords", model=styled(), **same)["samples"], tiny.latent["samples"])
+
+
+def test_statistics_of_a_mixture_act_on_all_experts_and_an_experts_own_are_named(styled, paint, tiny, caplog):
+    def mixture(base, expert):
+        return host.set_experts(base, [Expert(band=Band(start=1.0, end=0.9), model=expert)])
+
+    assert torch.equal(paint(mixture(styled(), tiny.model)), paint(styled()))
+    assert not caplog.records
+    assert torch.equal(paint(mixture(tiny.model, styled())), tiny.latent["samples"])
+    assert "style statistics on the model of the expert for noise levels 1 to 0.9 are not used" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"latent": {"samples": torch.zeros(1, 16, 2, 2)}}, r"a latent \[batch, 128"),
+        ({"latent": {"samples": torch.full((1, 128, 2, 2), float("nan"))}}, "finite"),
+        ({"latent": {"samples": torch.zeros(2, 128, 2, 2)}}, "one reference picture expected"),
+        ({"strength": 1.5}, "strength must lie between 0 and 1"),
+        ({"start": 0.2}, "start must not be below end"),
+    ],
+)
+def test_bad_references_and_settings_are_named(styled, changes, message):
+    with pytest.raises(ErnieError, match=message):
+        styled(**changes)

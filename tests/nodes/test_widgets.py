@@ -18,6 +18,7 @@ SOCKETS = {
     "ErnieSkipLayerGuidance": {"model": "MODEL"},
     "ErnieNegativeForTurbo": {"model": "MODEL", "negative": [["n", {}]]},
     "ErnieSeedVariety": {"model": "MODEL"},
+    "ErnieStyleStatistics": {"model": "MODEL", "latent": {"samples": torch.ones(1, 128, 2, 2)}},
 }
 CONTEXT = {
     ("ErnieEmptyLatent", "width"): {"size": "custom"},
@@ -85,6 +86,7 @@ WIDGETS = [
     *[("ErnieSkipLayerGuidance", w) for w in ("scale", "blocks", "start", "end")],
     *[("ErnieNegativeForTurbo", w) for w in ("scale", "start", "end", "tau", "alpha")],
     *[("ErnieSeedVariety", w) for w in ("strength", "start", "end", "rescale")],
+    *[("ErnieStyleStatistics", w) for w in ("strength", "start", "end")],
     *[("ErnieBatchFromPrompts", w) for w in ("source", "name", "negative", "width", "height", "preset", "steps")],
     *[("ErnieBatchFromPrompts", w) for w in ("cfg", "shift", "seed", "collect", "wildcards")],
     *[("ErnieBatchFromPrompts", w) for w in ("variations", "remake", "made_with", "sampler")],

@@ -110,6 +110,10 @@ class RecordingHost:
         self._note("set_variety", model, variety)
         return model
 
+    def set_style(self, model, style):
+        self._note("set_style", model, style)
+        return model
+
     def add_guidance(self, model, rules):
         self._note("add_guidance", model, tuple(rules))
         return model
