@@ -10,9 +10,13 @@ import asyncio
 import importlib
 import importlib.util
 import sys
+from collections.abc import Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
+from typing import Any, TypeVar
 
+Result = TypeVar("Result")
 ROOT = Path(__file__).resolve().parents[1]
 PACK_NAME = "ernie_pack"
 
@@ -41,5 +45,11 @@ def load_node_classes() -> dict[str, type]:
     load_pack()
     core = importlib.import_module(f"{PACK_NAME}.standalone.core_nodes")
     extension = importlib.import_module(f"{PACK_NAME}.nodes").ErnieExtension()
-    own = asyncio.run(extension.get_node_list())
+    own = run_coroutine(extension.get_node_list())
     return {cls.GET_SCHEMA().node_id: cls for cls in (*core.NODES, *own)}
+
+
+def run_coroutine(coroutine: Coroutine[Any, Any, Result]) -> Result:
+    """Return what a coroutine gives, also where a loop runs in this thread already: notebooks, browser drivers."""
+    with ThreadPoolExecutor(1) as apart:
+        return apart.submit(asyncio.run, coroutine).result()

@@ -10,7 +10,6 @@ Checks and list handling follow ComfyUI 0.12.1's rules; the messages are ours.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import inspect
 import json
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from ..ernie_core.errors import ErnieError, Interrupted
+from . import run_coroutine
 
 logger = logging.getLogger(__name__)
 
@@ -701,7 +701,7 @@ class _Run:
                 logger.warning("node %s did not run: %s", node_id, block.message)
             return Blocked(None)
         answer = bound(**values)
-        return asyncio.run(answer) if inspect.iscoroutine(answer) else answer
+        return run_coroutine(answer) if inspect.iscoroutine(answer) else answer
 
     def _execute(self, node_id: str, cls: Any) -> list[list]:
         try:

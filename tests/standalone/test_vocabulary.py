@@ -1,6 +1,9 @@
 """The stand-in for comfy_api.latest describes nodes as ComfyUI 0.12.1 does."""
 
+import asyncio
+
 import pytest
+from ernie_pack.standalone import load_node_classes
 from ernie_pack.standalone.comfy_api import io
 
 
@@ -88,3 +91,10 @@ def test_two_inputs_of_one_name_are_refused():
 
     with pytest.raises(ValueError, match=r"Input ids must be unique, but \['a'\]"):
         Node.GET_SCHEMA()
+
+
+def test_nodes_load_where_a_loop_runs_already():
+    async def in_a_notebook():
+        return load_node_classes()
+
+    assert "ErnieSampler" in asyncio.run(in_a_notebook())
