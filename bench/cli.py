@@ -27,6 +27,7 @@ LESSONS = {
     "dpo": "dpo_prefers",
     "edit": "edit_words",
     "options": "regions_styles_depth",
+    "experts": "band_experts",
     "guidance": "guidance_helps",
     "inpaint": "inpaint_fits",
     "negative": "negative_helps",
