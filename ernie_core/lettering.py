@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from typing import TypeAlias
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -21,7 +22,7 @@ _FONTS = (
     *("DroidSansFallback.ttf", "Arial Unicode.ttf", "DejaVuSans.ttf", "NotoSans-Regular.ttf", "arial.ttf"),
 )
 _NO_GLYPH = "\U0010fffd"  # for private use: fonts draw their empty box for it
-Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+Font: TypeAlias = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 def write(

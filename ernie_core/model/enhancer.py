@@ -215,11 +215,11 @@ class Enhancer(Decoder):
                 f"{self.max_context} with its answer; leave out {len(ids) - self.max_context + 1} or more."
             )
         limit = min(max_new_tokens, self.max_context - len(ids))
-        device = torch.device(self.embed_tokens.weight.device if device is None else device)
-        at_once = at_once or (1 if device.type == "cpu" else 4)
+        place = torch.device(self.embed_tokens.weight.device if device is None else device)
+        at_once = at_once or (1 if place.type == "cpu" else 4)
 
         prefix = KeyValueCache(len(ids) + limit)
-        hidden_1D = self.norm(self.run_layers(torch.tensor([ids], device=device), prefix)[:, -1])
+        hidden_1D = self.norm(self.run_layers(torch.tensor([ids], device=place), prefix)[:, -1])
         weight_VD = self.output_weight(hidden_1D)
         logits_1V = F.linear(hidden_1D, weight_VD)
         answers = list[list[int]]()

@@ -316,8 +316,9 @@ class GuidanceRun:
         similarity = min(r.similarity for r in self.skips)
         self.ended_B = self._agreed_B
         agreed_B = cosine_similarity(x - sigma * cond, x - sigma * uncond) >= similarity
-        self._agreed_B = agreed_B if self.ended_B is None else agreed_B | self.ended_B
-        self._all_agreed = bool(self._agreed_B.all())
+        agreed_B = agreed_B if self.ended_B is None else agreed_B | self.ended_B
+        self._agreed_B = agreed_B
+        self._all_agreed = bool(agreed_B.all())
 
     def combine(self, x: Tensor, sigma: float, cond: Tensor, uncond: Tensor, cfg: float) -> Tensor:
         """The guided velocity of predictions that `observe` has seen."""

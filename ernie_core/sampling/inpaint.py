@@ -192,20 +192,21 @@ def _check(image: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         raise ErnieError("a picture of finite numbers expected, this one holds NaN or infinite values.")
     if mask is None:
         return image[..., :3].float(), None
-    mask = mask.reshape(-1, *mask.shape[-2:]).to(image.device, torch.float32)
-    if not bool(mask.isfinite().all()):
+    mask_BHW = mask.reshape(-1, *mask.shape[-2:]).to(image.device, torch.float32)
+    if not bool(mask_BHW.isfinite().all()):
         raise ErnieError("a mask of finite numbers expected, this one holds NaN or infinite values.")
-    if mask.shape[1:] != (height, width):
-        if not bool(mask.any()):  # what LoadImage gives for a picture without an alpha channel: 64 x 64 zeros
-            mask = mask.new_zeros(1, height, width)
+    if mask_BHW.shape[1:] != (height, width):
+        if not bool(mask_BHW.any()):  # what LoadImage gives for a picture without an alpha channel: 64 x 64 zeros
+            mask_BHW = mask_BHW.new_zeros(1, height, width)
         else:
+            _, rows, columns = mask_BHW.shape
             raise ErnieError(
-                f"a mask of the picture's size, {width} x {height}, expected, got {mask.shape[2]} x {mask.shape[1]}; "
+                f"a mask of the picture's size, {width} x {height}, expected, got {columns} x {rows}; "
                 "draw it on this picture (MaskEditor), or resize it."
             )
-    if len(mask) not in (1, batch):
-        raise ErnieError(f"one mask, or one for each of {batch} pictures, expected, got {len(mask)}.")
-    return image[..., :3].float(), mask.clamp(0, 1)
+    if len(mask_BHW) not in (1, batch):
+        raise ErnieError(f"one mask, or one for each of {batch} pictures, expected, got {len(mask_BHW)}.")
+    return image[..., :3].float(), mask_BHW.clamp(0, 1)
 
 
 def _find_box(alpha: Tensor, context_px: int | None) -> Box:

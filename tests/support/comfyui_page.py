@@ -5,7 +5,9 @@ Needs the package playwright and a Chromium on PATH (or named by CHROMIUM); both
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
 import importlib.util
 import json
 import os
@@ -187,24 +189,31 @@ def open_page(url: str, post_setting) -> Iterator[Browser]:
 
     `post_setting(name, value)` stores a setting of the page on the server, where the page keeps them.
     """
-    from playwright.sync_api import sync_playwright
-
     for name, value in SETTINGS.items():
         post_setting(name, value)
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=browser_path(), headless=True, args=FLAGS)
-        try:
-            page = chromium.new_page(viewport=VIEW, locale="en")
-            browser = Browser(page=page)
-            page.route(lambda address: not address.startswith(url), lambda route: route.abort("blockedbyclient"))
-            page.on("console", lambda m: browser.errors.append(describe(m)) if m.type == "error" else None)
-            page.on("pageerror", lambda e: browser.errors.append(f"uncaught: {e.message}"))
-            page.goto(url, wait_until="domcontentloaded", timeout=60_000)
-            page.wait_for_function(IS_READY, timeout=READY_TIMEOUT_S * 1000)
-            page.wait_for_timeout(2000)  # the page still puts up its own first graph
-            yield browser
-        finally:
-            chromium.close()
+    chromium = driver().chromium.launch(executable_path=browser_path(), headless=True, args=FLAGS)
+    try:
+        page = chromium.new_page(viewport=VIEW, locale="en")
+        browser = Browser(page=page)
+        page.route(lambda address: not address.startswith(url), lambda route: route.abort("blockedbyclient"))
+        page.on("console", lambda m: browser.errors.append(describe(m)) if m.type == "error" else None)
+        page.on("pageerror", lambda e: browser.errors.append(f"uncaught: {e.message}"))
+        page.goto(url, wait_until="domcontentloaded", timeout=60_000)
+        page.wait_for_function(IS_READY, timeout=READY_TIMEOUT_S * 1000)
+        page.wait_for_timeout(2000)  # the page still puts up its own first graph
+        yield browser
+    finally:
+        chromium.close()
+
+
+@functools.cache
+def driver() -> Any:
+    """Playwright, started once: a second one refuses to start in the thread where the first keeps its event loop."""
+    from playwright.sync_api import sync_playwright
+
+    started = sync_playwright().start()
+    atexit.register(started.stop)
+    return started
 
 
 def describe(message: Any) -> str:
