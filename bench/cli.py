@@ -35,6 +35,7 @@ LESSONS = {
     "samplers": "samplers_pay",
     "calibrate": "calibrate_cache",
     "cache": "cache_saves",
+    "loop": "preference_loop",
 }
 
 
