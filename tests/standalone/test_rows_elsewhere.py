@@ -75,7 +75,7 @@ def test_two_workers_make_the_files_of_one_process_and_a_killed_one_loses_nothin
     import ray
 
     assert run("serial") == 0
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     killed = []
 
     def kill_one():
