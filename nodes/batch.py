@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from . import host
-from .rows import default_row, missing_sockets, open_studio, remake_input, remake_row, run_rows
+from .rows import default_row, missing_sockets, model_inputs, open_studio, remake_input, remake_row, run_rows
 from .sampling import (
     CUSTOM,
     MAX_SEED,
@@ -56,9 +56,7 @@ class ErnieBatchFromPrompts(io.ComfyNode):
             is_output_node=True,
             not_idempotent=True,
             inputs=[
-                io.Model.Input("model", lazy=True, tooltip="ERNIE-Image model, from these loaders or from core's."),
-                io.Clip.Input("clip", lazy=True, tooltip="Text encoder, from these loaders or from core's."),
-                io.Vae.Input("vae", lazy=True, tooltip="FLUX.2 VAE, from these loaders or from core's."),
+                *model_inputs(),
                 io.String.Input(
                     "source",
                     multiline=True,

@@ -6,7 +6,7 @@ from comfy_api.latest import io
 
 from . import host
 from .loading import Enhancer
-from .rows import Studio, default_row, missing_sockets, open_studio, remake_input, remake_row, run_rows
+from .rows import Studio, default_row, missing_sockets, model_inputs, open_studio, remake_input, remake_row, run_rows
 from .sampling import CUSTOM, MAX_SEED, PRESETS, cfg_input, shift_input, size_inputs, steps_input
 from .text import MAX_NEW_TOKENS
 
@@ -40,9 +40,7 @@ class ErnieXYGrid(io.ComfyNode):
             is_output_node=True,
             not_idempotent=True,
             inputs=[
-                io.Model.Input("model", lazy=True, tooltip="ERNIE-Image model, from these loaders or from core's."),
-                io.Clip.Input("clip", lazy=True, tooltip="Text encoder, from these loaders or from core's."),
-                io.Vae.Input("vae", lazy=True, tooltip="FLUX.2 VAE, from these loaders or from core's."),
+                *model_inputs(),
                 io.String.Input("prompt", multiline=True, default="", tooltip="What every picture shows."),
                 io.String.Input(
                     "name",

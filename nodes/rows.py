@@ -220,6 +220,15 @@ def remake_row(name: str, number: int, studio: Studio) -> tuple:
     return read_image(path)[None], f"row {number} ({row.label}): {said}\n{path.name}"
 
 
+def model_inputs() -> list[io.Input]:
+    """What a picture is made with; lazy, since a run whose pictures are there, or made elsewhere, loads nothing."""
+    return [
+        io.Model.Input("model", lazy=True, tooltip="ERNIE-Image model, from these loaders or from core's."),
+        io.Clip.Input("clip", lazy=True, tooltip="Text encoder, from these loaders or from core's."),
+        io.Vae.Input("vae", lazy=True, tooltip="FLUX.2 VAE, from these loaders or from core's."),
+    ]
+
+
 def remake_input() -> io.Int.Input:
     return io.Int.Input(
         "remake",
