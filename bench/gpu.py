@@ -10,13 +10,15 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..ernie_core.config import SIZE_MULTIPLE, DiTConfig, VAEConfig
+from ..ernie_core.config import CACHE_SIGNALS, SIZE_MULTIPLE, DiTConfig, VAEConfig
+from ..ernie_core.sampling.cache import StepCache, StepCacheRun
 from ..ernie_core.sampling.guidance import cfg_velocity
 from .cfg import CFG, COND_TOKENS, UNCOND_TOKENS, diffusers_step, our_step
 from .compare import Row, compare, cuda_seconds
@@ -113,6 +115,31 @@ def transformer_rows(bench: Bench) -> Iterator[Row]:
         )
 
 
+def cache_rows(bench: Bench) -> Iterator[Row]:
+    """What the step cache itself takes: an evaluation that it lets run whole, and one that it leaves out."""
+    model, _ = make_dit_pair(bench.dit, dtype=bench.dtype, device=bench.device)
+    place = {"dtype": bench.dtype, "device": bench.device}
+    side = bench.guided_px // SIZE_MULTIPLE
+    given = forward_inputs(bench.dit, side=side, text_lengths=[COND_TOKENS], **place)
+    rope = model.rope(side, side, [COND_TOKENS], **place)
+    x, timesteps, text = given.ours
+    for signal in CACHE_SIGNALS:
+        for what, threshold, at_least in (("lets run whole", 1e-30, 0.97), ("leaves out", 1.0, 10.0)):
+            run = StepCacheRun(StepCache(threshold=threshold, signal=signal, max_skips=10**9), bench.dit.num_layers)
+            inputs = cycle((x, 1.001 * x))  # what does not move is below any threshold
+            yield compare(
+                f"step cache, {signal}: an evaluation it {what}, {bench.guided_px} px",
+                ours=lambda run=run, inputs=inputs: model(
+                    next(inputs), timesteps, text, rope=rope, run_block=run.run_block("one", 0.5)
+                ),
+                peer=lambda: model(*given.ours, rope=rope),
+                peer_name="without the cache",
+                at_least=at_least,
+                rounds=bench.rounds,
+                seconds=bench.seconds,
+            )
+
+
 def autoencoder_rows(bench: Bench) -> Iterator[Row]:
     """Decoding whole and tiled (H8)."""
     ours, theirs = make_vae_pair(bench.vae, dtype=bench.dtype, device=bench.device)
@@ -150,10 +177,17 @@ def autoencoder_rows(bench: Bench) -> Iterator[Row]:
 
 def measure() -> Iterator[Row]:
     if not torch.cuda.is_available():
-        yield Row(name="full size on a GPU (H1-H5, H8)", ours="needs CUDA", target="see bench/RESULTS.md", met=None)
+        yield Row(
+            name="full size on a GPU (H1-H5, H8, step cache)",
+            ours="needs CUDA",
+            target="see bench/RESULTS.md",
+            met=None,
+        )
         return
     folder = os.environ.get("COMFYUI_DIR")
     bench = Bench(comfyui=Path(folder) if folder else None)
     yield from transformer_rows(bench)
+    torch.cuda.empty_cache()
+    yield from cache_rows(bench)
     torch.cuda.empty_cache()
     yield from autoencoder_rows(bench)

@@ -171,7 +171,8 @@ def relative_change(before: Tensor | None, now: Tensor) -> float:
     """Mean |now - before| / mean |before|; infinite without a before, or where it is 0 and now is not."""
     if before is None:
         return float("inf")
-    change, size = (float(t.abs().mean()) for t in (now - before, before))
+    # Read together: each reading waits for the device.
+    change, size = torch.stack([t.abs().mean(dtype=torch.float32) for t in (now - before, before)]).tolist()
     return change / size if size > 0 else 0.0 if change == 0 else float("inf")
 
 

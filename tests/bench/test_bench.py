@@ -3,7 +3,7 @@
 import pytest
 import torch
 from ernie_pack.bench.compare import HEADINGS, Row, compare, process_seconds
-from ernie_pack.bench.gpu import Bench, autoencoder_rows, measure, transformer_rows
+from ernie_pack.bench.gpu import Bench, autoencoder_rows, cache_rows, measure, transformer_rows
 from ernie_pack.bench.import_time import heavy_modules, import_once
 from ernie_pack.ernie_core.config import DiTConfig, VAEConfig
 
@@ -14,7 +14,7 @@ def test_the_gpu_benchmark_runs_from_end_to_end():
         dit=DiTConfig(
             hidden_size=64,
             num_attention_heads=4,
-            num_layers=1,
+            num_layers=3,
             ffn_hidden_size=96,
             text_in_dim=24,
             rope_axes_dim=(4, 6, 6),
@@ -31,6 +31,9 @@ def test_the_gpu_benchmark_runs_from_end_to_end():
     rows = [*transformer_rows(bench), *autoencoder_rows(bench)]
     assert [row.name.split()[0] for row in rows] == ["H1", "H4", "H3", "H8"]
     assert all(row.ratio > 0 for row in rows)
+    caches = list(cache_rows(bench))
+    assert len(caches) == 4
+    assert all(out.ratio > whole.ratio for whole, out in zip(caches[::2], caches[1::2], strict=True))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says so only where there is no CUDA")
