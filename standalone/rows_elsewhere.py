@@ -22,6 +22,7 @@ from typing import Any
 
 from ..ernie_core.batch import BatchResult, Row, append_manifest, file_name, hash_pixels, read_manifest, run_rows
 from ..ernie_core.errors import ErnieError, Interrupted
+from ..ernie_core.ray_cluster import connect_ray
 
 logger = logging.getLogger(__name__)
 
@@ -145,21 +146,8 @@ def _keep(folder: Path, row: Row, data: bytes, pixels: str) -> None:
 
 class _RayDriver:
     def __init__(self, job: Mapping[str, Any], cluster: Cluster, count: int):
-        try:
-            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would report to its makers otherwise
-            import ray
-        except ImportError as e:
-            raise ErnieError("--engine ray needs the package ray: pip install ray.") from e
+        ray, self.started_here = connect_ray(cluster.address, cluster.workers)
         self.ray, self.job = ray, dict(job)
-        self.started_here = not ray.is_initialized()
-        try:
-            options = {} if cluster.address else {"num_cpus": max(1, cluster.workers), "include_dashboard": False}
-            if self.started_here:
-                ray.init(address=cluster.address or "local", log_to_driver=False, logging_level="ERROR", **options)
-        except (ConnectionError, RuntimeError, ValueError) as e:
-            raise ErnieError(
-                f"no Ray cluster at {cluster.address} ({e}). Start one with `ray start --head`, or leave --address out."
-            ) from e
         gpus = int(ray.cluster_resources().get("GPU", 0))
         self.gpus_each = 1 if gpus else 0
         self.size = min(count, cluster.workers or gpus or 1)

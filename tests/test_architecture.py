@@ -17,6 +17,7 @@ HEAVY = {"torch", "transformers", "numpy", "diffusers", "xformers", "safetensors
 # Inside the engine imports point downwards only: a file may import files of earlier levels, or of its own.
 LEVELS = [
     {"errors"},
+    {"file_lock", "ray_cluster"},
     {"config", "wildcards", "lettering"},
     {"sampling.inputs", "sampling.schedule", "sampling.latents", "sampling.guidance"},
     {"model.rope", "model.attention", "model.kv_cache", "sampling.calibration"},
@@ -52,6 +53,9 @@ LEVELS = [
     {"grid", "runs"},
     {"training.captions", "training.pictures"},
     {"training.items"},
+    {"curation.manifest"},
+    {"curation.workers"},
+    {"curation.engines"},
     {"training.adapters", "training.blocks", "training.objectives", "training.dataset"},
     {"training.pairs"},
     {"training.buckets"},

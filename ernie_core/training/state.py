@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ErnieError
+from ..file_lock import try_lock
 from ..weights.checkpoint import write_safetensors
 from .recipe import Recipe, recipe_from_dict
 
@@ -114,7 +115,7 @@ class Job:
         self.folder.mkdir(parents=True, exist_ok=True)
         with self._lock.open("a+b") as file:
             # Whoever asks `is_running` holds the lock for an instant: one refusal proves nothing.
-            if not any(_try_lock(file) or time.sleep(0.05) for _ in range(20)):
+            if not any(try_lock(file) or time.sleep(0.05) for _ in range(20)):
                 raise ErnieError(f"another process is training in {self.folder}: attach to it, or stop it first.")
             self._stop.unlink(missing_ok=True)
             yield
@@ -124,7 +125,7 @@ class Job:
         if not self._lock.exists():
             return False
         with self._lock.open("a+b") as file:
-            return not _try_lock(file)
+            return not try_lock(file)
 
     def request_stop(self) -> None:
         """Ask the running process to save and end after the step it is at."""
@@ -331,22 +332,3 @@ def _sync(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
-
-
-def _try_lock(file) -> bool:
-    if os.name == "nt":
-        import msvcrt
-
-        file.seek(0)
-        try:
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        except OSError:
-            return False
-        return True
-    import fcntl
-
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
