@@ -66,10 +66,11 @@ LEVELS = [
     {"training.trainer", "training.job"},
     {"training.probe"},
     {"scoring.scorer", "scoring.builtin", "scoring.metrics", "scoring.charts", "scoring.longtext", "scoring.geneval"},
-    {"scoring.network", "scoring.streaming"},
+    {"scoring.network", "scoring.streaming", "scoring.store"},
     {"scoring.ernie_aes", "scoring.clip_based", "scoring.blip_based", "scoring.tournament"},
     {"scoring.judgments", "scoring.pairs", "scoring.loading", "scoring.benchmark"},
     {"scoring.files", "scoring.best_of", "scoring.report", "scoring.win_rate"},
+    {"evaluation.distances", "evaluation.prompt_sets", "evaluation.features"},
     {"cli"},
 ]
 

@@ -27,8 +27,10 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from ..errors import ErnieError
+from . import store as store_file
 from . import tournament
 from .metrics import krcc, rank_normalise
+from .store import writing
 from .tournament import Record
 
 Answer = Literal["left", "right", "tie", "skip"]
@@ -226,61 +228,9 @@ class Consistency:
 # --- the file -------------------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def open_store(path: Path | str) -> Iterator[sqlite3.Connection]:
-    """A connection to the file, made where there is none, closed at the end.
-
-    Raises:
-        ErnieError: the file is damaged, is no store, is of a newer version, or cannot be written.
-    """
-    path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        store = sqlite3.connect(path, timeout=30.0, isolation_level=None)
-    except (OSError, sqlite3.Error) as e:
-        raise ErnieError(
-            f"{path} cannot be opened ({e}). Free some space, or see that the folder can be written."
-        ) from e
-    try:
-        store.row_factory = sqlite3.Row
-        store.execute("PRAGMA journal_mode=WAL")
-        store.execute("PRAGMA synchronous=FULL")
-        (version,) = store.execute("PRAGMA user_version").fetchone()
-        if version == 0:
-            _make(store, path)
-        elif version > VERSION:
-            raise ErnieError(f"{path} was written by a newer version ({version}); this one reads {VERSION}.")
-        yield store
-    except sqlite3.Error as e:
-        raise ErnieError(
-            f"the judgments in {path} cannot be read or written ({e}). Free some space; if the file is damaged, put a "
-            "copy in its place or move it away to begin anew."
-        ) from e
-    finally:
-        store.close()
-
-
-def _make(store: sqlite3.Connection, path: Path) -> None:
-    with _writing(store):
-        if store.execute("PRAGMA user_version").fetchone()[0]:
-            return  # another process was faster
-        if store.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
-            raise ErnieError(f"{path} is a database of something else; move it away.")
-        for statement in filter(str.strip, _SCHEMA.split(";")):
-            store.execute(statement)
-        store.execute(f"PRAGMA user_version={VERSION}")
-
-
-@contextlib.contextmanager
-def _writing(store: sqlite3.Connection) -> Iterator[None]:
-    """One transaction that no other process writes beside; on the disk when it ends, or undone."""
-    store.execute("BEGIN IMMEDIATE")
-    try:
-        yield
-    except BaseException:
-        store.execute("ROLLBACK")
-        raise
-    store.execute("COMMIT")
+def open_store(path: Path | str) -> contextlib.AbstractContextManager[sqlite3.Connection]:
+    """A connection to the file, made where there is none, closed at the end; raises what `store.open_store` raises."""
+    return store_file.open_store(path, _SCHEMA, version=VERSION, what="judgments")
 
 
 # --- beginning and going on -----------------------------------------------------------------------------------------
@@ -309,7 +259,7 @@ def begin(store: sqlite3.Connection, setup: Setup) -> int:
         and tuple(row[k] for k in ("question", "rounds", "repeat_share", "pass_share", "plan")) == settings
     ):
         return row["id"]
-    with _writing(store):
+    with writing(store):
         row = _find(store, setup.name, setup.annotator)
         if row is None:
             id_ = _insert(store, setup, digest, plan)
@@ -490,7 +440,7 @@ def answer(store: sqlite3.Connection, id_: int, question: int, given: Answer) ->
     """
     if given not in get_args(Answer):
         raise ErnieError(f"an answer is one of {', '.join(get_args(Answer))}, got {given!r}.")
-    with _writing(store):
+    with writing(store):
         _tournament(store, id_)
         row = _waiting(store, id_)
         if row is None or row["id"] != question:
@@ -521,7 +471,7 @@ def undo(store: sqlite3.Connection, id_: int) -> bool:
 
     A round that was made from it is made anew when it is answered. A calibration that is over stays as it is.
     """
-    with _writing(store):
+    with writing(store):
         row = _tournament(store, id_)
         action = _last_action(store, row)
         if action is None:
@@ -562,7 +512,7 @@ def calibrate_again(store: sqlite3.Connection, id_: int) -> None:
     Raises:
         ErnieError: it was passed, or is not over.
     """
-    with _writing(store):
+    with writing(store):
         row = _tournament(store, id_)
         if _stage(store, row) != "refused":
             raise ErnieError("the calibration can be repeated only after it was not passed.")
