@@ -70,6 +70,9 @@ LEVELS = [
     {"scoring.ernie_aes", "scoring.clip_based", "scoring.blip_based", "scoring.tournament"},
     {"scoring.judgments", "scoring.pairs", "scoring.loading", "scoring.benchmark"},
     {"scoring.files", "scoring.best_of", "scoring.report", "scoring.win_rate"},
+    {"curation.taxonomy", "curation.image_text", "curation.long_tail"},
+    {"curation.categories"},
+    {"curation.builtin_labels"},
     {"evaluation.distances", "evaluation.prompt_sets", "evaluation.features"},
     {"cli"},
 ]
