@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -55,11 +55,12 @@ def evaluate(
     batch: int = 20,
     size_px: int = 128,
     shapes: Sequence[str] = scenes.SHAPES,
+    colors: Mapping[str, tuple[int, int, int]] = scenes.COLORS,
     sheet: Path | None = None,
 ) -> dict[str, float]:
     """Shares of pictures right in each fact, and in colour, shape and place together ("all").
 
-    Picture i uses seed i. `shapes`: those to tell apart. `sheet`: where to save the first 40 as one PNG.
+    Picture i uses seed i. `shapes`, `colors`: those to tell apart. `sheet`: where to save the first 40 as one PNG.
     """
     right: dict[str, list[bool]] = {}
     shown = paint(
@@ -73,7 +74,7 @@ def evaluate(
         size_px=size_px,
     )
     for (scene, text), picture in zip(prompts, shown, strict=True):
-        found = measure(picture, shapes=shapes)
+        found = measure(picture, shapes=shapes, colors=colors)
         hit = matches(scene, found)
         hit["all"] = all(hit[fact] for fact in JUDGED)
         for fact, ok in hit.items():

@@ -59,8 +59,10 @@ class Measured:
         return self.shape is not None
 
 
-def measure(image: np.ndarray, *, shapes: Sequence[str] = SHAPES) -> Measured:
-    """Measure a picture [H, W, 3], uint8 or float in 0..1; `shapes` are those that its object may have.
+def measure(
+    image: np.ndarray, *, shapes: Sequence[str] = SHAPES, colors: Mapping[str, tuple[int, int, int]] = COLORS
+) -> Measured:
+    """Measure a picture [H, W, 3], uint8 or float in 0..1; `shapes` and `colors` are those its object may have.
 
     A picture without one clear object (nothing stands out from the border, nearly everything does, or what
     does resembles no shape) gives a `Measured` whose `found` is False; its background is named all the same.
@@ -95,7 +97,7 @@ def measure(image: np.ndarray, *, shapes: Sequence[str] = SHAPES) -> Measured:
         return Measured(background=backdrop, style=style)
     return Measured(
         shape=shape,
-        color=_nearest(_inner_median(smooth, component), COLORS),
+        color=_nearest(_inner_median(smooth, component), colors),
         size="large" if diameter > sum(SIZES.values()) / 2 else "small",
         place=_nearest(center, PLACES),
         background=backdrop,

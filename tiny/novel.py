@@ -1,8 +1,9 @@
-"""A concept for a LoRA to learn: captioned pictures of a shape that ernie-image-tiny has never seen.
+"""Concepts for LoRAs to learn: captioned pictures of a shape and of a colour that ernie-image-tiny has never seen.
 
-The shape is `scenes.NOVEL_SHAPE`, drawn, coloured, placed and worded as every other one. Its word is no entry of the
-tokenizer (it falls into pieces that training met only inside other words), and asked for it the base paints a ring.
-All of them are large: a small one is two latent cells wide, and twenty pictures of both sizes taught half as well.
+They are `scenes.NOVEL_SHAPE` and `scenes.NOVEL_COLOR`, drawn, placed and worded as every other one. Their words are no
+entries of the tokenizer (they fall into pieces that training met only inside other words): asked for the shape, the
+base paints a ring. All are large: a small heart is two latent cells wide, and twenty pictures of both sizes taught half
+as well.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from .measure import matches, measure
 from .scenes import (
     BACKGROUNDS,
     COLORS,
+    NOVEL_COLOR,
     NOVEL_SHAPE,
     PLACES,
     SHAPES,
@@ -28,6 +30,7 @@ from .scenes import (
     all_scenes,
     caption,
     draw,
+    is_drawable,
     split,
 )
 from .vae import PICTURE_PX
@@ -36,40 +39,58 @@ SHAPES_AND_NOVEL = (*SHAPES, NOVEL_SHAPE)
 """What `measure(picture, shapes=...)` has to tell apart once the concept is learnt."""
 
 
-def concept_scenes(count: int = 20, seed: int = 0) -> list[Scene]:
-    """`count` different large scenes of the novel shape; each value of every other fact occurs about equally often."""
-    if count > len(_all_concept_scenes()):
-        raise ValueError(f"there are {len(_all_concept_scenes())} scenes of the novel shape, {count} are asked for")
+CONCEPTS = {NOVEL_SHAPE: "shape", NOVEL_COLOR: "color"}
+"""What can be learnt, and the fact that it is a value of."""
+
+
+def concept_scenes(count: int = 20, seed: int = 0, *, concept: str = NOVEL_SHAPE) -> list[Scene]:
+    """`count` different large scenes of the concept; each value of every other fact occurs about equally often."""
+    drawable = _all_concept_scenes(concept)
+    if count > len(drawable):
+        raise ValueError(f"there are {len(drawable)} scenes of the concept {concept}, {count} are asked for")
     rng = np.random.default_rng([seed, count])
     scenes: dict[Scene, None] = {}
-    drawable = set(_all_concept_scenes())
-    facts = {"color": COLORS, "place": PLACES, "background": BACKGROUNDS, "style": STYLES}
+    facts = {"shape": SHAPES, "color": tuple(COLORS), "place": tuple(PLACES)}
+    facts |= {"background": tuple(BACKGROUNDS), "style": STYLES}
+    del facts[CONCEPTS[concept]]
     while len(scenes) < count:
-        dealt = [_deal(list(values), count - len(scenes), rng) for values in facts.values()]
+        dealt = [_deal(values, count - len(scenes), rng) for values in facts.values()]
         for values in zip(*dealt, strict=True):
-            scene = Scene(shape=NOVEL_SHAPE, size="large", **dict(zip(facts, values, strict=True)))
-            if scene in drawable:
-                scenes[scene] = None
+            told = dict(zip(facts, values, strict=True)) | {CONCEPTS[concept]: concept, "size": "large"}
+            # Not every colour stands out from every background.
+            if Scene(**told) in drawable:
+                scenes[Scene(**told)] = None
     return list(scenes)
 
 
-def concept_prompts(count: int = 50, *, training: Sequence[Scene], seed: int = 0) -> list[tuple[Scene, str]]:
-    """`count` scenes of the novel shape with one caption each; no (color, place) of theirs is among `training`'s."""
-    seen = {(scene.color, scene.place) for scene in training}
-    pool = [scene for scene in _all_concept_scenes() if (scene.color, scene.place) not in seen]
+def concept_prompts(
+    count: int = 50, *, training: Sequence[Scene], seed: int = 0, concept: str = NOVEL_SHAPE
+) -> list[tuple[Scene, str]]:
+    """`count` scenes of the concept with one caption each, none close to a scene in `training`.
+
+    No (color, place) of the novel shape, and no (shape, place) of the novel colour, is among those of `training`.
+    """
+    other = "color" if CONCEPTS[concept] == "shape" else "shape"
+    seen = {(getattr(scene, other), scene.place) for scene in training}
+    pool = [scene for scene in _all_concept_scenes(concept) if (getattr(scene, other), scene.place) not in seen]
     rng = np.random.default_rng([seed, count, 1])
     return [(pool[i], caption(pool[i], rng)) for i in rng.choice(len(pool), size=count, replace=False)]
 
 
-def _all_concept_scenes() -> list[Scene]:
-    return [replace(s, shape=NOVEL_SHAPE) for s in all_scenes() if s.shape == SHAPES[0] and s.size == "large"]
+def _all_concept_scenes(concept: str) -> list[Scene]:
+    """Every drawable large scene of the concept."""
+    large = [scene for scene in all_scenes() if scene.size == "large"]
+    if CONCEPTS[concept] == "shape":
+        return [replace(scene, shape=concept) for scene in large if scene.shape == SHAPES[0]]
+    kept = {replace(scene, color=concept): None for scene in large}
+    return [scene for scene in kept if is_drawable(scene.color, scene.background, scene.style)]
 
 
-def write_concept_dataset(folder: Path, count: int = 20, seed: int = 0) -> list[Scene]:
+def write_concept_dataset(folder: Path, count: int = 20, seed: int = 0, *, concept: str = NOVEL_SHAPE) -> list[Scene]:
     """Write 00.png, 00.txt, 01.png, ... (128 px, one caption each) into a new or empty folder; returns the scenes."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng([seed, count, 2])
-    scenes = concept_scenes(count, seed)
+    scenes = concept_scenes(count, seed, concept=concept)
     for i, scene in enumerate(scenes):
         Image.fromarray(draw(scene, rng, PICTURE_PX)).save(folder / f"{i:02}.png")
         (folder / f"{i:02}.txt").write_text(caption(scene, rng) + "\n", encoding="utf-8")

@@ -33,6 +33,10 @@ COLORS = {
     "white": (252, 252, 252),
     "black": (16, 16, 18),
 }
+NOVEL_COLOR = "pink"
+"""The same of colours: one that can be drawn and worded, and that no training picture and no caption shows."""
+INKS = {**COLORS, NOVEL_COLOR: (240, 90, 160)}
+"""What can be drawn with: the colours that training shows, and the one that is left for a LoRA."""
 SIZES = {"small": 34 / 128, "large": 56 / 128}
 """Diameter of the object as a fraction of the picture's side."""
 _LOW, _MID, _HIGH = 0.275, 0.5, 0.725
@@ -59,6 +63,7 @@ BACKGROUNDS = {
 STYLES = ("plain", "gradient")
 
 FACTS = ("shape", "color", "size", "place", "background", "style")
+_NOVEL = (("shape", NOVEL_SHAPE), ("color", NOVEL_COLOR))
 VALUES: dict[str, tuple[str, ...]] = {
     "shape": SHAPES,
     "color": tuple(COLORS),
@@ -83,7 +88,7 @@ _OVERSAMPLING = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """What one picture shows; each field is one of `VALUES[field]`, the shape also `NOVEL_SHAPE`."""
+    """What one picture shows; each field is one of `VALUES[field]`, or `NOVEL_SHAPE`, or `NOVEL_COLOR`."""
 
     shape: str
     color: str
@@ -95,7 +100,7 @@ class Scene:
     def __post_init__(self) -> None:
         for fact in FACTS:
             value = getattr(self, fact)
-            if value not in VALUES[fact] and (fact, value) != ("shape", NOVEL_SHAPE):
+            if value not in VALUES[fact] and (fact, value) not in _NOVEL:
                 raise ValueError(f"{fact} must be one of {', '.join(VALUES[fact])}, got {value!r}")
 
 
@@ -107,7 +112,7 @@ def background_ends(background: str, style: str) -> tuple[np.ndarray, np.ndarray
 
 def is_drawable(color: str, background: str, style: str = "plain") -> bool:
     """Whether an object of this colour stands out from every part of this background."""
-    ink = np.asarray(COLORS[color], dtype=np.float64)
+    ink = np.asarray(INKS[color], dtype=np.float64)
     ends = background_ends(background, style)
     return min(float(np.linalg.norm(ink - end)) for end in ends) >= MIN_CONTRAST
 
@@ -212,7 +217,7 @@ def draw(scene: Scene, rng: np.random.Generator, size_px: int = 128) -> np.ndarr
     )[..., None]
     top, bottom = background_ends(scene.background, scene.style)
     depth = np.linspace(0, 1, size_px)[:, None, None]
-    picture = (top + (bottom - top) * depth) * (1 - mask) + np.asarray(COLORS[scene.color]) * mask
+    picture = (top + (bottom - top) * depth) * (1 - mask) + np.asarray(INKS[scene.color]) * mask
     return np.rint(picture).astype(np.uint8)
 
 

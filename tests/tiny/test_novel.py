@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from ernie_pack.tiny import scenes as s
 from ernie_pack.tiny.measure import matches, measure
-from ernie_pack.tiny.novel import SHAPES_AND_NOVEL, concept_prompts, concept_scenes, write_concept_dataset
+from ernie_pack.tiny.novel import CONCEPTS, SHAPES_AND_NOVEL, concept_prompts, concept_scenes, write_concept_dataset
 from ernie_pack.tiny.preference import NAMED, USUAL_PX, follows, is_preferred, open_prompts
 from ernie_pack.tiny.tokenizer import build_tokenizer
 from PIL import Image, ImageFilter
@@ -50,26 +50,46 @@ def test_drawn_novel_scenes_measure_right(spoil):
     assert min(right[fact] for fact in s.FACTS) >= 0.97 * 200, right
 
 
-def test_concept_scenes_are_different_drawable_and_even():
-    scenes = concept_scenes(20)
+@pytest.mark.parametrize("concept", CONCEPTS)
+def test_concept_scenes_are_different_drawable_and_even(concept):
+    scenes = concept_scenes(20, concept=concept)
     assert len(set(scenes)) == 20
-    assert scenes == concept_scenes(20) != concept_scenes(20, seed=1)
-    assert {scene.shape for scene in scenes} == {s.NOVEL_SHAPE}
+    assert scenes == concept_scenes(20, concept=concept) != concept_scenes(20, seed=1, concept=concept)
     assert all(s.is_drawable(scene.color, scene.background, scene.style) for scene in scenes)
-    assert {scene.place for scene in scenes} == set(s.PLACES)
-    assert {scene.color for scene in scenes} == set(s.COLORS)
-    assert {scene.background for scene in scenes} == set(s.BACKGROUNDS)
+    assert {scene.size for scene in scenes} == {"large"}
+    for fact, values in (("shape", s.SHAPES), ("color", s.COLORS), ("place", s.PLACES), ("background", s.BACKGROUNDS)):
+        wanted = {concept} if CONCEPTS[concept] == fact else set(values)
+        assert {getattr(scene, fact) for scene in scenes} == wanted
 
 
-def test_held_out_prompts_share_no_colour_and_place_with_the_pictures():
-    training = concept_scenes(20)
-    prompts = concept_prompts(50, training=training)
+@pytest.mark.parametrize(("concept", "other"), [(s.NOVEL_SHAPE, "color"), (s.NOVEL_COLOR, "shape")])
+def test_held_out_prompts_are_not_close_to_the_pictures(concept, other):
+    training = concept_scenes(20, concept=concept)
+    prompts = concept_prompts(50, training=training, concept=concept)
     assert len({scene for scene, _ in prompts}) == 50
-    seen = {(scene.color, scene.place) for scene in training}
+    seen = {(getattr(scene, other), scene.place) for scene in training}
     for scene, text in prompts:
-        assert (scene.color, scene.place) not in seen
-        assert s.NOVEL_SHAPE in text.split() or f"{s.NOVEL_SHAPE}," in text
-        assert s.facts(text) == {k: v for k, v in s.named_facts(scene).items() if k != "shape"}
+        assert (getattr(scene, other), scene.place) not in seen
+        assert concept in text.split() or f"{concept}," in text
+        assert s.facts(text) == {k: v for k, v in s.named_facts(scene).items() if v != concept}
+
+
+def test_the_novel_colour_is_in_no_table_that_training_draws_from():
+    assert s.NOVEL_COLOR not in {word for values in s.VALUES.values() for word in values}
+    assert s.NOVEL_COLOR not in build_tokenizer().get_vocab()
+    assert "color" not in s.facts(f"a {s.NOVEL_COLOR} star")
+
+
+@pytest.mark.parametrize("spoil", [lambda picture, _: picture, spoilt], ids=["clean", "blurred and noisy"])
+def test_the_novel_colour_is_told_from_the_eight_without_disturbing_them(spoil):
+    rng = np.random.default_rng(0)
+    for index in rng.integers(len(ALL), size=200):
+        picture = spoil(s.draw(ALL[index], rng), rng)
+        assert measure(picture, colors=s.INKS) == measure(picture), ALL[index]
+    for scene in concept_scenes(40, concept=s.NOVEL_COLOR):
+        picture = spoil(s.draw(scene, rng), rng)
+        assert measure(picture, colors=s.INKS).color == s.NOVEL_COLOR
+        assert measure(picture).color != s.NOVEL_COLOR
 
 
 def test_the_dataset_on_disk_is_what_it_says(tmp_path):

@@ -130,7 +130,7 @@ def test_facts_ignores_what_is_named_twice_differently():
 
 
 def test_wrong_words_are_refused(rng):
-    with pytest.raises(ValueError, match=r"color must be one of red, .*black, got 'pink'"):
-        s.Scene(shape="star", color="pink", size="small", place="top", background="grey")
+    with pytest.raises(ValueError, match=r"color must be one of red, .*black, got 'teal'"):
+        s.Scene(shape="star", color="teal", size="small", place="top", background="grey")
     with pytest.raises(ValueError, match=r"keep must hold names of shape, .*, got colour"):
         s.short_prompt(ALL[0], rng, ["colour"])
