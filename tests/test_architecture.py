@@ -51,7 +51,7 @@ LEVELS = [
     {"enhancing.writing", "layout_prompt"},
     {"enhancing.disk_cache", "enhancing.server"},
     {"grid", "runs"},
-    {"training.captions", "training.pictures"},
+    {"training.captions", "training.pictures", "training.teachers"},
     {"training.items"},
     {"curation.manifest"},
     {"curation.workers"},
