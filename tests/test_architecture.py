@@ -60,6 +60,7 @@ LEVELS = [
     {"training.pairs"},
     {"training.buckets"},
     {"training.base", "training.caching", "training.recipe", "training.optimisers"},
+    {"training.trajectories"},
     {"training.state", "training.previews", "training.preflight", "training.world"},
     {"training.feed", "training.export"},
     {"training.losses"},

@@ -107,11 +107,12 @@ def encoder_key(path: Path | str, *, dtype: torch.dtype, rope: Rope = "yarn", me
 # --- entries ------------------------------------------------------------------------------------------------
 
 
-def _name(key: str) -> str:
+def entry_name(key: str) -> str:
+    """The file name, without its ending, of the entry of `key`."""
     return hashlib.sha256(key.encode()).hexdigest()
 
 
-def _is_whole(path: Path, key: str) -> bool:
+def is_whole_entry(path: Path, key: str) -> bool:
     """Whether an entry is there, not truncated, and made for `key`."""
     try:
         with safe_open(str(path), framework="pt") as file:
@@ -120,8 +121,12 @@ def _is_whole(path: Path, key: str) -> bool:
         return False
 
 
-def _read(path: Path, key: str, name: str, what: str) -> Tensor | None:
-    """Tensor `name` of an entry, None where the entry has none."""
+def read_entry(path: Path, key: str, name: str, what: str) -> Tensor | None:
+    """Tensor `name` of the entry at `path`, made for `key`; None where it has none. `what` names it in errors.
+
+    Raises:
+        ErnieError: it is missing, damaged or made for something else.
+    """
     try:
         with safe_open(str(path), framework="pt") as file:
             if (file.metadata() or {}).get("key") == key:
@@ -181,12 +186,12 @@ class LatentCache:
 
     def path(self, picture: Picture) -> Path:
         """The file that the entry lies in."""
-        name = _name(self.key(picture))
+        name = entry_name(self.key(picture))
         return self.folder / "latents" / name[:2] / f"{name}.safetensors"
 
     def has(self, picture: Picture) -> bool:
         """Whether the entry is there and whole."""
-        return _is_whole(self.path(picture), self.key(picture))
+        return is_whole_entry(self.path(picture), self.key(picture))
 
     def missing(self, pictures: Iterable[Picture]) -> list[Picture]:
         """Those of `pictures` that have no whole entry; when there are none, the VAE need not be loaded."""
@@ -194,13 +199,13 @@ class LatentCache:
 
     def latent(self, picture: Picture) -> Tensor:
         """Normalised latent [C, H, W] (posterior mean), as stored. ErnieError: missing or damaged."""
-        latent = _read(self.path(picture), self.key(picture), "latent", str(picture.item.image))
+        latent = read_entry(self.path(picture), self.key(picture), "latent", str(picture.item.image))
         assert latent is not None
         return latent
 
     def mask(self, picture: Picture) -> Tensor | None:
         """Loss weights [H, W] in [0, 1], fp32, averaged over each latent cell; None = the whole picture counts."""
-        return _read(self.path(picture), self.key(picture), "mask", str(picture.item.image))
+        return read_entry(self.path(picture), self.key(picture), "mask", str(picture.item.image))
 
 
 class TextCache:
@@ -224,12 +229,12 @@ class TextCache:
 
     def path(self, text: str) -> Path:
         """The file that the entry lies in."""
-        name = _name(self.key(text))
+        name = entry_name(self.key(text))
         return self.folder / "texts" / name[:2] / f"{name}.safetensors"
 
     def has(self, text: str) -> bool:
         """Whether the entry is there and whole."""
-        return _is_whole(self.path(text), self.key(text))
+        return is_whole_entry(self.path(text), self.key(text))
 
     def missing(self, texts: Iterable[str]) -> list[str]:
         """Those of `texts`, and of the empty prompt, that have no whole entry."""
@@ -237,7 +242,7 @@ class TextCache:
 
     def text(self, text: str) -> Tensor:
         """Features [T, D] of `text`, as stored. ErnieError: missing or damaged."""
-        features = _read(self.path(text), self.key(text), "text", repr(text[:60]))
+        features = read_entry(self.path(text), self.key(text), "text", repr(text[:60]))
         assert features is not None
         return features
 
