@@ -6,6 +6,7 @@ A recipe node only fills in the engine's `Recipe`; what has no widget is said in
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 from comfy_api.latest import io
@@ -128,6 +129,7 @@ PATHS: dict[str, tuple[str, ...]] = {
 }
 OFF_AT_ZERO = ("alpha", "auto_beta", "sdpo_mu")  # None in a recipe
 AUTO = "auto"  # the resolution that a recipe has when it says nothing
+CURRICULUM = "curriculum"  # the stages of the engine's preset
 
 
 def common_inputs() -> list[io.Input]:
@@ -184,7 +186,8 @@ def common_inputs() -> list[io.Input]:
             default=AUTO,
             tooltip="Picture area as the side of a square in pixels; pictures keep their shape. 512+1024: each picture "
             "at both. 256:400, 512:900, 1024: a curriculum, at 256 until step 400, at 512 until step 900, then at "
-            "1024. auto (neutral): as the dataset's file says, else 1024.",
+            "1024. curriculum: at 256 for half of the steps, at 512 until 80 % of them, then at 1024. auto (neutral): "
+            "as the dataset's file says, else 1024.",
         ),
         io.Int.Input("batch_size", default=1, min=1, max=256, tooltip="Pictures computed at once, 1 to 256."),
         io.Int.Input(
@@ -502,7 +505,7 @@ def make_recipe(objective: str, widgets: Mapping[str, object], settings: str):
             raise ErnieError(f"settings: {'.'.join(path)} {owned.get(path) or owned[path[:1]]}.")
     values: dict = {"objective": objective, "models": {"transformer": ""}}
     for name, value in widgets.items():
-        put(values, PATHS[name], read_widget(name, value))
+        put(values, PATHS[name], read_widget(name, value, widgets["steps"]))
     for path, value in list_paths(given).items():
         put(values, path, value)
     return recipe_from_dict(values)
@@ -522,32 +525,37 @@ def put(table: dict, path: tuple[str, ...], value: object) -> None:
     table[path[-1]] = value
 
 
-def read_widget(name: str, value):
-    """A widget's value as a recipe has it."""
+def read_widget(name: str, value, steps):
+    """A widget's value as a recipe of `steps` has it."""
     if name in OFF_AT_ZERO:
         return value or None
     if name == "sample_prompts":
         return [line.strip() for line in value.splitlines() if line.strip()]
     if name == "resolution":
-        return read_stages(value)
+        return read_stages(value, steps)
     if name in ("initial_lora", "reference_lora"):
         return "" if value == NONE else str(host.lora_path(value).absolute())
     return value
 
 
-def read_stages(text: str) -> list[dict]:
+def read_stages(text: str, steps: int) -> list[dict]:
     """`256:400, 512+1024` as stages: at 256 until step 400, then every picture at 512 and at 1024; auto needs none.
 
     Raises:
-        ErnieError: it is written in another way.
+        ErnieError: it is written in another way, or there are fewer `steps` than a curriculum has stages.
     """
+    if text.strip() == CURRICULUM:
+        from ..ernie_core.training.buckets import curriculum
+
+        return [asdict(stage) for stage in curriculum(steps)]
     stages: list[dict] = []
     for part in text.split(",") if text.strip() != AUTO else ():
         sides, colon, until = part.replace(" ", "").partition(":")
         numbers = sides.split("+")
         if not all(n.isdecimal() for n in numbers) or (colon and not until.isdecimal()):
             raise ErnieError(
-                f"resolution must be auto, or like 1024, 512+1024 or 256:400, 1024 (side:until step), got {text!r}."
+                "resolution must be auto, curriculum, or like 1024, 512+1024 or 256:400, 1024 (side:until step), got "
+                f"{text!r}."
             )
         stages.append({"resolutions": [int(n) for n in numbers]} | ({"until_step": int(until)} if colon else {}))
     return stages

@@ -7,21 +7,26 @@ Batches are a function of (seed, step): the epoch's samples of each bucket are o
 sample), cut into batches of `batch_size * world_size`, and the batches, partial ones included, are ordered by a hash.
 So any step can be asked for at once, W processes with batch size B see the samples of one process with batch size W B,
 and no library's random stream decides what a seed means. BLAKE2b is used for all of it.
+
+Where a sampling plan has set items' `draws`, there are no rounds through the data: every batch draws its bucket by the
+buckets' sums of draws, then each of its places an item of the bucket by the items' draws. All batches are full, and the
+probability of an item at any place of any step is its share of all draws.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 from ..config import SIZE_MULTIPLE
 from ..errors import ErnieError
+from .captions import draw_uniform
 from .items import Box, DatasetOptions, Item
 from .pairs import Pair
 
@@ -47,6 +52,21 @@ class Stage:
 
 
 DEFAULT_RESOLUTION = 1024
+CURRICULUM = ((256, 0.5), (512, 0.3), (1024, 0.2))
+"""(resolution, share of the steps). The ERNIE-Image report (section 2.1) names the sizes; the shares are ours."""
+
+
+def curriculum(steps: int) -> tuple[Stage, ...]:
+    """The stages of `CURRICULUM` for a run of `steps`; the last one has no end.
+
+    Raises:
+        ErnieError: fewer steps than stages.
+    """
+    if steps < len(CURRICULUM):
+        raise ErnieError(f"a curriculum of {len(CURRICULUM)} resolutions needs as many steps at least, got {steps}.")
+    ends = [max(i, int(steps * share + 1e-9)) for i, share in enumerate(accumulate(s for _, s in CURRICULUM), start=1)]
+    stages = [Stage(resolutions=(side,), until_step=end) for (side, _), end in zip(CURRICULUM, ends, strict=True)]
+    return *stages[:-1], Stage(resolutions=stages[-1].resolutions)
 
 
 class Fit(NamedTuple):
@@ -182,6 +202,12 @@ class _Epoch(NamedTuple):
     """Samples of the epoch before each batch."""
 
 
+def _find(bounds: list[float], share: float) -> int:
+    """Which part of a cumulative sum a share in [0, 1) of it falls into; never a part of no width."""
+    place = bisect_right(bounds, share * bounds[-1])
+    return place if place < len(bounds) else bisect_left(bounds, bounds[-1])
+
+
 class BatchPlan:
     """Which samples belong to which step. Sizes are computed once; every answer is a function of (seed, step)."""
 
@@ -224,6 +250,10 @@ class BatchPlan:
         self.stages = stages
         self.batch_size, self.accumulation, self.world_size = batch_size, accumulation, world_size
         self.seed = seed
+        self.is_drawn = any(isinstance(entry, Item) and entry.draws is not None for entry in self.entries)
+        """Whether items are drawn at random; else every epoch goes through all of them."""
+        if self.is_drawn and not any(entry.times for entry in self.entries):
+            raise ErnieError("there is nothing to train on: no picture of the dataset is ever drawn.")
         # the last stage goes on past its own end
         self._first_steps = [0, *(end for end in ends[:-1] if end is not None)]
         self._buckets = [self._make_buckets(stage) for stage in stages]
@@ -235,6 +265,8 @@ class BatchPlan:
         buckets: defaultdict[tuple[int, int], list[_Slot]] = defaultdict(list)
         for index, entry in enumerate(self.entries):
             for resolution in self.resolutions_of(entry, stage):
+                if entry.times == 0:
+                    continue
                 placed = place_pictures(entry, resolution, self.options)
                 buckets[placed[0].fit.width, placed[0].fit.height].append(_Slot(index, resolution, placed))
         return dict(sorted(buckets.items()))
@@ -257,15 +289,29 @@ class BatchPlan:
     def batches_per_epoch(self, stage: int = 0) -> int:
         """Micro-batches of one pass over the data; the same in every epoch of a stage."""
         full = self.batch_size * self.world_size
+        if self.is_drawn:
+            return max(1, round(sum(self._expected(slots) for slots in self._buckets[stage].values()) / full))
         return sum(-(-self._count(slots) // full) for slots in self._buckets[stage].values())
 
     def samples_per_epoch(self, stage: int = 0) -> int:
-        """The sum of repeats over entries and resolutions."""
+        """The sum of repeats over entries and resolutions; where items are drawn, that of draws in full batches."""
+        if self.is_drawn:
+            return self.batches_per_epoch(stage) * self.batch_size * self.world_size
         return sum(self._count(slots) for slots in self._buckets[stage].values())
 
     def bucket_counts(self, stage: int = 0) -> dict[tuple[int, int], int]:
-        """Samples per epoch of each (width, height)."""
+        """Samples per epoch of each (width, height); rounded expectations where items are drawn."""
+        if self.is_drawn:
+            return {size: round(self._expected(slots)) for size, slots in self._buckets[stage].items()}
         return {size: self._count(slots) for size, slots in self._buckets[stage].items()}
+
+    def concept_counts(self, stage: int = 0) -> dict[str, float]:
+        """Samples per epoch of each concept; expected ones where items are drawn."""
+        counts: defaultdict[str, float] = defaultdict(float)
+        for slots in self._buckets[stage].values():
+            for slot in slots:
+                counts[self.entries[slot.entry].concept] += self.entries[slot.entry].times
+        return dict(counts)
 
     def pictures(self, stage: int | None = None) -> tuple[Picture, ...]:
         """Every picture at every size that the run uses (or one stage of it), each once: what must be cached."""
@@ -318,7 +364,30 @@ class BatchPlan:
             self._epochs[stage, epoch] = self._make_epoch(stage, epoch)
         return self._epochs[stage, epoch]
 
+    def _expected(self, slots: Sequence[_Slot]) -> float:
+        return sum(self.entries[slot.entry].times for slot in slots)
+
+    def _draw_epoch(self, stage: int, epoch: int) -> _Epoch:
+        """Full batches, each a function of the number of its first sample."""
+        full = self.batch_size * self.world_size
+        buckets = list(self._buckets[stage].values())
+        bounds = list(accumulate(self._expected(slots) for slots in buckets))
+        inside = [list(accumulate(self.entries[slot.entry].times for slot in slots)) for slots in buckets]
+        first = self._first_number(stage) + epoch * self.samples_per_epoch(stage)
+        batches: list[list[_Slot]] = []
+        for start in range(first, first + self.samples_per_epoch(stage), full):
+            chosen = _find(bounds, draw_uniform("bucket", self.seed, start))
+            batches.append(
+                [
+                    buckets[chosen][_find(inside[chosen], draw_uniform("draw", self.seed, number))]
+                    for number in range(start, start + full)
+                ]
+            )
+        return _Epoch(batches, list(range(0, full * (len(batches) + 1), full)))
+
     def _make_epoch(self, stage: int, epoch: int) -> _Epoch:
+        if self.is_drawn:
+            return self._draw_epoch(stage, epoch)
         full = self.batch_size * self.world_size
         batches: list[tuple[bytes, list[_Slot]]] = []
         for size, slots in self._buckets[stage].items():

@@ -14,7 +14,7 @@ import hashlib
 import io
 import json
 import os
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -47,6 +47,8 @@ class Item:
     """What its source says about captions; `DatasetOptions.rules` goes over it."""
     repeats: int = 1
     """Times per epoch."""
+    draws: float | None = None
+    """Expected times per epoch of a dataset that is drawn from at random (`Dataset.is_drawn`); None = `repeats`."""
     weight: float = 1.0
     """Factor of its loss."""
     concept: str = ""
@@ -73,12 +75,19 @@ class Item:
     def __post_init__(self) -> None:
         if self.repeats < 1:
             raise ErnieError(f"{self.image.name}: repeats must be at least 1, got {self.repeats}.")
+        if self.draws is not None and not 0 <= self.draws < float("inf"):
+            raise ErnieError(f"{self.image.name}: draws must be 0 or more, got {self.draws:g}.")
         if not self.weight >= 0:
             raise ErnieError(f"{self.image.name}: the loss weight must be 0 or more, got {self.weight:g}.")
         if not 0 <= self.mask_floor <= 1:
             raise ErnieError(f"{self.image.name}: mask_floor must lie between 0 and 1, got {self.mask_floor:g}.")
         if any(r < 16 for r in self.resolutions):
             raise ErnieError(f"{self.image.name}: resolutions must be at least 16, got {min(self.resolutions)}.")
+
+    @property
+    def times(self) -> float:
+        """Times per epoch, expected or exact."""
+        return self.repeats if self.draws is None else self.draws
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,17 +153,22 @@ class Dataset:
         return len(self.items)
 
     @property
-    def concepts(self) -> dict[str, int]:
-        """Samples per epoch and concept."""
-        counts: Counter[str] = Counter()
+    def is_drawn(self) -> bool:
+        """Whether steps draw items at random by their expected `times`, rather than go through all of them."""
+        return any(item.draws is not None for item in self.items)
+
+    @property
+    def concepts(self) -> dict[str, float]:
+        """Samples per epoch and concept; expected ones where the dataset is drawn from."""
+        counts: defaultdict[str, float] = defaultdict(float)
         for item in self.items:
-            counts[item.concept] += item.repeats
+            counts[item.concept] += item.times
         return dict(counts)
 
     def report(self) -> str:
         """Lines for people: counts, then every problem and note."""
-        samples = sum(item.repeats for item in self.items)
-        lines = [f"{len(self.items)} images, {samples} samples per epoch, {len(self.concepts)} concepts"]
+        samples = sum(item.times for item in self.items)
+        lines = [f"{len(self.items)} images, {samples:.0f} samples per epoch, {len(self.concepts)} concepts"]
         lines += [f"problem - {p}" for p in self.problems]
         lines += [f"note - {p}" for p in self.notes]
         return "\n".join(lines)
@@ -362,7 +376,7 @@ def balance_concepts(dataset: Dataset, balance: Literal["equal"] | Mapping[str, 
     """`dataset` with repeats such that the concepts' samples per epoch stand in the ratio of their weights.
 
     The least repeated item gets 1, so nothing is dropped. Inside a concept, repeats keep their ratio as nearly as whole
-    numbers can (largest remainder).
+    numbers can (largest remainder). A dataset that is drawn from keeps the samples of its epoch, and gets `draws`.
 
     Args:
         balance: "equal", or a weight above 0 per concept; concepts without one are weighted 1.
@@ -384,11 +398,17 @@ def balance_concepts(dataset: Dataset, balance: Literal["equal"] | Mapping[str, 
     if not all(0 < w < float("inf") for w in weights.values()):
         raise ErnieError(f"the weights of concepts must be above 0, got {weights}.")
 
-    shares = np.array([float(item.repeats) for item in dataset.items])
+    shares = np.array([float(item.times) for item in dataset.items])
+    samples = shares.sum()
     for concept, places in members.items():
+        if not shares[places].any():
+            raise ErnieError(f"the concept {concept!r} is never drawn and cannot be balanced; leave its pictures out.")
         shares[places] *= weights[concept] / shares[places].sum()
-    shares /= shares.min()
     items = list(dataset.items)
+    if dataset.is_drawn:
+        draws = (shares * (samples / shares.sum())).tolist()
+        return replace(dataset, items=tuple(replace(item, draws=d) for item, d in zip(items, draws, strict=True)))
+    shares /= shares.min()
     for places in members.values():
         wanted = shares[places]
         repeats = np.floor(wanted + 1e-9).astype(int)

@@ -67,6 +67,11 @@ class Pair:
         return self.chosen.repeats
 
     @property
+    def times(self) -> float:
+        """Times per epoch; pairs are never drawn by a sampling plan."""
+        return self.chosen.repeats
+
+    @property
     def weight(self) -> float:
         return self.chosen.weight
 

@@ -167,6 +167,9 @@ class StageFacts:
     partial_batches: int
     """Of an epoch: with fewer samples than batch size x processes."""
     epochs: float
+    """Expected ones where the data is drawn from by a sampling plan."""
+    flops: float
+    """Floating-point operations of all its steps, over all processes."""
     seconds: float | None
     """All its steps; None where nothing was measured."""
 
@@ -190,8 +193,8 @@ class Preflight:
     """Text -> tokens, BOS included."""
     tokens_counted: bool
     """False where the tokens are estimated from characters."""
-    concepts: dict[str, int]
-    """Samples per epoch."""
+    concepts: dict[str, float]
+    """Samples per epoch; expected ones where the data is drawn from by a sampling plan."""
     duplicates: int
     near_duplicates: int
     cache_bytes: int
@@ -375,8 +378,9 @@ def _stage_facts(
         buckets=counts,
         samples_per_epoch=plan.samples_per_epoch(stage),
         batches_per_epoch=batches,
-        partial_batches=sum(count % full > 0 for count in counts.values()),
+        partial_batches=0 if plan.is_drawn else sum(count % full > 0 for count in counts.values()),
         epochs=num_batches / batches,
+        flops=flops / batches * num_batches,
         seconds=None if rate is None else rate * flops / batches / plan.world_size * num_batches,
     )
 
@@ -409,10 +413,10 @@ def _unlimited(entry: Entry) -> Entry:
     return replace(entry, **{side: replace(getattr(entry, side), max_upscale=None) for side in ("chosen", "rejected")})
 
 
-def _concepts(entries: Sequence[Entry]) -> dict[str, int]:
-    counts: defaultdict[str, int] = defaultdict(int)
+def _concepts(entries: Sequence[Entry]) -> dict[str, float]:
+    counts: defaultdict[str, float] = defaultdict(float)
     for entry in entries:
-        counts[entry.concept] += entry.repeats
+        counts[entry.concept] += entry.times
     return dict(counts)
 
 
@@ -442,26 +446,31 @@ def _write(
     facts: Preflight, data: Dataset | Pairs, recipe: Recipe | None, largest: tuple[int, int], model_notes: list[str]
 ) -> str:
     what = f"{len(data)} pairs" if isinstance(data, Pairs) else f"{len(data)} images"
-    lines = ["# Preflight", "", f"{what}, {sum(facts.concepts.values())} samples per epoch."]
+    drawn = isinstance(data, Dataset) and data.is_drawn
+    how = ", drawn at random by a sampling plan: numbers per epoch are expected ones" if drawn else ""
+    lines = ["# Preflight", "", f"{what}, {sum(facts.concepts.values()):.0f} samples per epoch{how}."]
     lines += ["", "## Problems", ""]
     problems = [*map(str, data.problems), *model_notes, *_warnings(facts, recipe)]
     lines += [f"- {p}" for p in problems] or ["none found"]
+    if len(facts.stages) > 1:
+        lines += ["", "## Curriculum", "", *_curriculum_lines(facts.stages)]
     for number, stage in enumerate(facts.stages, start=1):
         lines += ["", f"## Stage {number}: steps {stage.first_step} to {stage.last_step}", ""]
         lines.append(
             f"{stage.epochs:.1f} epochs of {stage.samples_per_epoch} samples in {stage.batches_per_epoch} batches, "
             f"{stage.partial_batches} of them not full."
         )
-        lines += ["", "| size | samples per epoch |", "|---|---|"]
+        lines += ["", "| size | samples per epoch | share |", "|---|---|---|"]
         ordered = sorted(stage.buckets.items(), key=lambda bucket: (-bucket[1], bucket[0]))
-        lines += [f"| {w} x {h} | {count} |" for (w, h), count in ordered[: 2 * _SHOWN]]
+        every = max(1, sum(stage.buckets.values()))
+        lines += [f"| {w} x {h} | {count} | {count / every:.1%} |" for (w, h), count in ordered[: 2 * _SHOWN]]
         if len(ordered) > 2 * _SHOWN:
             rest = sum(count for _, count in ordered[2 * _SHOWN :])
-            lines.append(f"| {len(ordered) - 2 * _SHOWN} other sizes | {rest} |")
+            lines.append(f"| {len(ordered) - 2 * _SHOWN} other sizes | {rest} | {rest / every:.1%} |")
     if len(facts.concepts) > 1:
         total = sum(facts.concepts.values())
         lines += ["", "## Concepts", "", "| concept | samples per epoch | share |", "|---|---|---|"]
-        lines += [f"| {name or '(none)'} | {n} | {n / total:.1%} |" for name, n in sorted(facts.concepts.items())]
+        lines += [f"| {name or '(none)'} | {n:.4g} | {n / total:.1%} |" for name, n in sorted(facts.concepts.items())]
     lines += ["", "## Pictures", ""]
     lines += _list(facts.crops, "are cropped by more than 1 %", lambda p: f"{p.fit.crop_loss:.1%} cut off")
     lines += _list(facts.upscaled, "are enlarged", lambda p: f"{p.fit.scale:.2f} times")
@@ -490,6 +499,22 @@ def _write(
     if data.notes:
         lines += ["", "## Notes", "", *(f"- {note}" for note in data.notes)]
     return "\n".join(lines)
+
+
+def _curriculum_lines(stages: Sequence[StageFacts]) -> list[str]:
+    """What each stage has of the steps, of the samples and of the work."""
+    steps = [stage.last_step - stage.first_step for stage in stages]
+    samples = [stage.epochs * stage.samples_per_epoch for stage in stages]
+    lines = [
+        "| stage | mean area | steps | share of steps | share of samples | share of compute |",
+        "|---|" + 5 * "---|",
+    ]
+    for number, stage in enumerate(stages, start=1):
+        count = max(1, sum(stage.buckets.values()))
+        side = math.sqrt(sum(n * math.prod(size) for size, n in stage.buckets.items()) / count)
+        shares = (part[number - 1] / (sum(part) or 1) for part in (steps, samples, [stage.flops for stage in stages]))
+        lines.append(f"| {number} | {side:.0f}^2 px | {steps[number - 1]} | {' | '.join(f'{s:.1%}' for s in shares)} |")
+    return lines
 
 
 def _warnings(facts: Preflight, recipe: Recipe | None) -> list[str]:

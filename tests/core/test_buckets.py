@@ -12,6 +12,7 @@ from ernie_pack.ernie_core.training.buckets import (
     Picture,
     Stage,
     bucket_size,
+    curriculum,
     fit_into,
     place_pictures,
 )
@@ -214,6 +215,23 @@ def test_stages_change_the_resolution_at_their_step():
     assert [made.stage_at(step) for step in (0, 2, 3, 1000)] == [0, 0, 1, 1]
 
 
+@pytest.mark.parametrize("steps", [3, 4, 10, 1500])
+def test_the_curriculum_has_every_stage(steps):
+    stages = curriculum(steps)
+    made = plan([item(i, 2000, 2000) for i in range(3)], stages=stages)
+    sides = [made.batch_at(step)[0].size[0] for step in range(min(steps, 10))]
+    assert sorted(sides) == sides
+    if steps <= 10:
+        assert set(sides) == {256, 512, 1024}
+    if steps >= 10:
+        assert [stage.until_step for stage in stages] == [steps * 5 // 10, steps * 8 // 10, None]
+
+
+def test_a_curriculum_of_too_few_steps_says_so():
+    with pytest.raises(ErnieError, match="needs as many steps at least, got 2"):
+        curriculum(2)
+
+
 def test_several_resolutions_train_every_picture_at_each():
     made = plan([item(i, 200, 200) for i in range(5)], stages=(Stage(resolutions=(32, 64)),))
     assert made.bucket_counts() == {(32, 32): 5, (64, 64): 5}
@@ -234,6 +252,86 @@ def test_everything_that_is_drawn_is_among_the_pictures_to_cache():
     cached = [(p.item.image, p.fit) for p in made.pictures()]
     assert drawn == set(cached)
     assert len(cached) == len(set(cached))
+
+
+# --- items drawn by a sampling plan ---
+
+
+def drawn_entries():
+    """Three sizes; draws from 0 to 6, and one item that keeps its repeats."""
+    sizes = [(64, 64), (96, 64), (64, 96)]
+    draws = [0.25, 6.0, 1.0, 0.0, 2.5, 0.75, 1.5, 3.0]
+    return [*(item(i, *sizes[i % 3], draws=d) for i, d in enumerate(draws)), item(8, *sizes[2], repeats=2)]
+
+
+def test_drawn_items_come_as_often_as_their_draws_say():
+    entries = drawn_entries()
+    made = plan(entries, batch_size=5, accumulation=2)
+    count = 5 * 2 * 2000
+    found = Counter(s.entry.image.stem for step in range(2000) for m in range(2) for s in made.batch_at(step, m))
+    total = sum(entry.times for entry in entries)
+    for entry in entries:
+        share = entry.times / total
+        # a batch is of one bucket, so its places are not independent: five times the variance at most
+        allowed = 4 * math.sqrt(5 * share * (1 - share) / count)
+        assert abs(found[entry.image.stem] / count - share) <= allowed, entry
+    assert found["3"] == 0
+    assert not any(picture.item.image.stem == "3" for picture in made.pictures())
+
+
+def test_drawn_batches_are_full_and_of_one_size():
+    made = plan(drawn_entries(), batch_size=4)
+    for batch in steps_of(made, 60):
+        assert len(batch) == 4
+        assert len({sample.size for sample in batch}) == 1
+
+
+def test_draws_of_one_bucket_do_not_depend_on_the_batch_size():
+    entries = [item(i, draws=1 + i % 3) for i in range(9)]
+    names = {
+        size: [s.entry.image.stem for batch in steps_of(plan(entries, batch_size=size), 120 // size) for s in batch]
+        for size in (1, 2, 4, 8)
+    }
+    assert names[1] == names[2] == names[4] == names[8]
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_several_processes_draw_the_items_that_one_draws(world_size):
+    one = plan(drawn_entries(), batch_size=2 * world_size, accumulation=2)
+    many = plan(drawn_entries(), batch_size=2, world_size=world_size, accumulation=2)
+    for step in range(30):
+        for micro in range(2):
+            whole = one.batch_at(step, micro)
+            shares = [many.batch_at(step, micro, rank=rank) for rank in range(world_size)]
+            assert sorted((s for share in shares for s in share), key=lambda s: s.number) == list(whole)
+
+
+def test_drawn_steps_can_be_asked_for_at_once_and_numbers_are_dense_across_stages():
+    stages = (Stage(resolutions=(32,), until_step=7), Stage(resolutions=(48, 64), until_step=20), Stage())
+    options = {"stages": stages, "accumulation": 2, "batch_size": 3}
+    made = plan(drawn_entries(), **options)
+    whole = steps_of(made, 60)
+    numbers = [sample.number for batch in whole for sample in batch]
+    assert numbers == list(range(len(numbers)))
+    for step in (59, 7, 0, 33, 20):
+        assert plan(drawn_entries(), **options).batch_at(step, 1) == whole[2 * step + 1]
+    drawn = {(p.item.image, p.fit) for batch in whole for s in batch for p in s.pictures}
+    assert drawn <= {(p.item.image, p.fit) for p in made.pictures()}
+
+
+def test_an_epoch_of_drawn_items_is_their_expected_number():
+    made = plan(drawn_entries(), batch_size=4)
+    assert made.samples_per_epoch() == 16  # of 17 draws, in whole batches
+    assert made.bucket_counts() == {(64, 64): 2, (80, 48): 12, (48, 80): 4}
+    assert made.concept_counts() == {"": 17.0}
+
+
+def test_what_is_never_drawn_cannot_be_trained_on():
+    with pytest.raises(ErnieError, match="no picture of the dataset is ever drawn"):
+        plan([item(0, draws=0.0)])
+    for draws in (-1.0, math.nan, math.inf):
+        with pytest.raises(ErnieError, match="draws must be 0 or more"):
+            item(0, draws=draws)
 
 
 def test_pairs_are_planned_like_items():

@@ -184,7 +184,7 @@ def test_sizes_crops_and_small_pictures_are_found(dataset):
     assert [p.item.width for p in found.upscaled] == [40]
     assert found.concepts == {"a": 8, "b": 2}
     for text in (
-        "| 64 x 64 | 7 |",
+        "| 64 x 64 | 7 | 70.0% |",
         "are cropped by more than 1 %",
         "| a | 8 | 80.0% |",
         "1 are enlarged",
@@ -192,6 +192,32 @@ def test_sizes_crops_and_small_pictures_are_found(dataset):
     ):
         assert text in found.text
     assert "3 of 4 batches are not full" in found.text
+
+
+def test_a_curriculum_says_what_each_stage_has_of_steps_samples_and_work(dataset):
+    """A quarter of the pixels is a quarter of the work, but for the text and the attention."""
+    stages = (Stage(resolutions=(32,), until_step=75), Stage(resolutions=(64,)))
+    found = check(dataset, recipe(steps=100, stages=stages))
+    assert "| stage | mean area | steps | share of steps | share of samples | share of compute |" in found.text
+    low, high = found.stages
+    line = next(line for line in found.text.splitlines() if line.startswith("| 1 | "))
+    assert "^2 px | 75 | 75.0% | 75.0% |" in line
+    assert f"{low.flops / (low.flops + high.flops):.1%}" in line
+    assert 0.4 < low.flops / (low.flops + high.flops) < 0.75
+    assert "## Curriculum" not in check(dataset, recipe()).text
+    empty = check(dataset, recipe(steps=50, stages=stages))
+    assert "stage 2 has no steps" in empty.text
+
+
+def test_data_of_a_sampling_plan_is_counted_by_its_expected_draws(dataset):
+    draws = [4.0 if item.concept == "b" else 0.25 for item in dataset.items]
+    items = (replace(item, draws=d) for item, d in zip(dataset.items, draws, strict=True))
+    found = check(replace(dataset, items=tuple(items)), recipe(batch_size=4))
+    assert found.concepts == {"a": 2.0, "b": 8.0}
+    assert "10 samples per epoch, drawn at random by a sampling plan" in found.text
+    assert "| b | 8 | 80.0% |" in found.text
+    (stage,) = found.stages
+    assert (stage.partial_batches, stage.samples_per_epoch, stage.batches_per_epoch) == (0, 8, 2)
 
 
 def test_duplicates_are_counted(tmp_path):

@@ -17,7 +17,8 @@ from ernie_pack.ernie_core.errors import ErnieError, Interrupted
 from ernie_pack.ernie_core.training import trainer as trainer_module
 from ernie_pack.ernie_core.training.adapters import AdapterConfig
 from ernie_pack.ernie_core.training.buckets import Stage
-from ernie_pack.ernie_core.training.job import PACK_ROOT, start_worker, status, watch
+from ernie_pack.ernie_core.training.dataset import read_dataset
+from ernie_pack.ernie_core.training.job import PACK_ROOT, create_job, start_worker, status, watch
 from ernie_pack.ernie_core.training.objectives import DpoConfig
 from ernie_pack.ernie_core.training.recipe import DepthConfig, OptimiserConfig, SampleConfig
 from ernie_pack.ernie_core.training.trainer import train
@@ -25,7 +26,7 @@ from ernie_pack.ernie_core.weights.lora import read_lora
 from random_models import write_random_models
 from safetensors import safe_open
 from safetensors.torch import load_file
-from training_jobs import model_paths, small_job, small_recipe
+from training_jobs import model_paths, small_job, small_recipe, write_pictures
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +50,16 @@ def same(left, right):
 
 def losses(job):
     return [e["loss"] for e in job.events() if e["event"] == "step"]
+
+
+def drawn_job(folder, recipe):
+    """A job on pictures that a sampling plan draws."""
+    data = folder.parent / "drawn"
+    if not data.exists():
+        write_pictures(data, count=5)
+    read = read_dataset(data)
+    items = (replace(item, draws=0.5 + i) for i, item in enumerate(read.items))
+    return create_job(folder, recipe, replace(read, items=tuple(items)))
 
 
 DPO = {"objective": "dpo", "dpo": DpoConfig(auto_beta=0.2, sdpo_mu=0.6), "batch_size": 1}
@@ -79,6 +90,18 @@ def test_a_resumed_run_is_bit_equal_to_one_that_never_stopped(name, models, tmp_
     assert losses(whole) == losses(parts)
     assert load_file(whole.lora_path).keys() == load_file(parts.lora_path).keys()
     assert same(load_file(whole.lora_path), load_file(parts.lora_path))
+
+
+def test_a_run_on_drawn_items_resumes_bit_equal_and_is_not_that_on_rounds(models, tmp_path):
+    recipe = small_recipe(models)
+    whole, parts = drawn_job(tmp_path / "whole", recipe), drawn_job(tmp_path / "parts", recipe)
+    train(whole, device="cpu")
+    for until in (1, 4, None):
+        train(parts, until=until, device="cpu")
+    assert losses(whole) == losses(parts)
+    assert same(state(whole), state(parts))
+    rounds = run(tmp_path / "rounds", recipe)
+    assert losses(rounds) != losses(whole)
 
 
 def test_training_changes_what_it_should_and_nothing_else(models, tmp_path):

@@ -168,6 +168,7 @@ def test_settings_that_cannot_be_meant_are_refused(node, text, message):
         ("1024", (((1024,), None),)),
         ("512 + 1024", (((512, 1024), None),)),
         ("256:400, 512:900,1024", (((256,), 400), ((512,), 900), ((1024,), None))),
+        (" curriculum ", (((256,), 750), ((512,), 1200), ((1024,), None))),
     ],
 )
 def test_resolutions_are_read(node, text, stages):
@@ -177,7 +178,7 @@ def test_resolutions_are_read(node, text, stages):
 
 @pytest.mark.parametrize("text", ["", "large", "512:", "512:x", "512,,1024", "-512"])
 def test_a_resolution_in_another_way_is_refused(node, text):
-    with pytest.raises(ErnieError, match="resolution must be auto, or like 1024"):
+    with pytest.raises(ErnieError, match="resolution must be auto, curriculum, or like 1024"):
         node("ErnieRecipe", resolution=text)
 
 
