@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ from ..errors import ErnieError
 from ..weights.layouts import Shape
 from ..weights.lora import Lora, folded, read_lora, write_lora
 from .recipe import Recipe, SaveDtype
+from .state import file_hash
 
 SOFTWARE = "ernie-image"
 
@@ -98,7 +99,26 @@ def lora_metadata(
         "ernie.averaged": str(averaged).lower(),
         "ernie.software": json.dumps({"name": SOFTWARE, "version": VERSION, "torch": torch.__version__}),
     }
+    if recipe.objective == "distil":
+        values |= _distil_metadata(recipe)
     return {name: str(value) for name, value in values.items() if value != ""}
+
+
+def _distil_metadata(recipe: Recipe) -> dict[str, object]:
+    """How a few-step student is sampled, and who taught it."""
+    distil = recipe.distil
+    names = distil.table.used()
+    teachers = [asdict(distil.table.teacher(name)) for name in names]
+    for teacher in teachers:
+        if teacher["lora"]:
+            path = Path(teacher["lora"])
+            teacher |= {"lora": path.name, "sha256": file_hash(path)}
+    return {
+        "ernie.sampling": json.dumps(
+            {"steps": len(distil.grid()) - 1, "shift": distil.shift, "cfg": 1.0, "sigmas": distil.grid().tolist()}
+        ),
+        "ernie.teachers": json.dumps(teachers),
+    }
 
 
 def _without_paths(recipe: Recipe) -> dict:
@@ -107,4 +127,7 @@ def _without_paths(recipe: Recipe) -> dict:
     values["models"] = {kind: Path(path).name for kind, path in values["models"].items()}
     for name in ("initial_lora", "reference_lora"):
         values[name] = Path(values[name]).name
+    values["distil"]["fake"]["initial_lora"] = Path(values["distil"]["fake"]["initial_lora"]).name
+    for teacher in values["distil"]["table"]["teachers"]:
+        teacher["lora"] = Path(teacher["lora"]).name
     return values

@@ -12,18 +12,22 @@ import torch
 from torch import Tensor
 
 from ..errors import ErnieError, Interrupted
+from ..sampling.inputs import LATENT_CHANNELS
+from ..sampling.latents import latent_size
 from ..weights.checkpoint import build_text_encoder, build_tokenizer, build_vae, read_component
 from .buckets import BatchPlan, Sample
 from .caching import LatentCache, TextCache, build_latents, build_texts, encoder_key, vae_key
 from .captions import all_texts, draw_caption, keyword_columns
 from .items import Dataset, read_manifest
 from .objectives import is_drawn, region_weights
-from .pairs import Pairs, read_pairs_manifest
+from .pairs import Pair, Pairs, read_pairs_manifest
+from .prompts import Prompts, is_prompts_manifest, read_prompts_manifest
 from .recipe import Recipe
 from .state import Job, file_hash
 from .world import World
 
 OnEvent = Callable[[Mapping[str, Any]], None]
+Data = Dataset | Pairs | Prompts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +37,12 @@ class Batch:
     numbers: tuple[int, ...]
     keys: tuple[str, ...]
     """What a sample is, whatever step it is drawn in."""
-    latents_BCHW: Tensor
+    tags: tuple[str, ...]
+    """What each sample's prompt is about, for distillation's table of teachers; "" = nothing said."""
+    shape_CHW: tuple[int, int, int]
+    """Of a latent."""
+    latents_BCHW: Tensor | None
+    """None where the objective paints its pictures itself."""
     lose_BCHW: Tensor | None
     texts: tuple[Tensor, ...]
     """Features [T, D] of each sample's caption."""
@@ -56,7 +65,9 @@ class Batch:
             Batch(
                 numbers=self.numbers[i : i + 1],
                 keys=self.keys[i : i + 1],
-                latents_BCHW=self.latents_BCHW[i : i + 1],
+                tags=self.tags[i : i + 1],
+                shape_CHW=self.shape_CHW,
+                latents_BCHW=row(self.latents_BCHW, i),
                 lose_BCHW=row(self.lose_BCHW, i),
                 texts=self.texts[i : i + 1],
                 masks_BHW=row(self.masks_BHW, i),
@@ -84,6 +95,7 @@ class Feed:
         entries = data.pairs if isinstance(data, Pairs) else data.items
         self.hash = file_hash(job.manifest_path)[:16]
         self.items = len(entries)
+        self.shows_pictures = recipe.objective != "distil"
         self.trigger = data.options.rules.trigger or next((e.rules.trigger for e in entries if e.rules.trigger), "")
         self.plan = BatchPlan(
             entries,
@@ -132,7 +144,7 @@ class Feed:
                 lambda prompts: encoder.encode_ids([tokenizer.encode(p) for p in prompts], device=device),
                 on_progress=on_progress,
             )
-        pictures = self.plan.pictures()
+        pictures = self.plan.pictures() if self.shows_pictures else ()
         if self.latents.missing(pictures):
             vae = build_vae(read_component(models.path("vae"), "vae"), dtype=torch.float32, device=device)
             build_latents(self.latents, pictures, vae.eval().requires_grad_(False), on_progress=on_progress)
@@ -154,17 +166,19 @@ class Feed:
 
     def _batch(self, samples: tuple[Sample, ...]) -> Batch:
         recipe = self.recipe
-        pairs = recipe.objective == "dpo"
-        latents = [[self.latents.latent(picture).float() for picture in s.pictures] for s in samples]
-        height, width = latents[0][0].shape[-2:]
+        height, width = latent_size(*samples[0].size)
+        read = self.shows_pictures
+        latents = [[self.latents.latent(p).float() for p in s.pictures] for s in samples] if read else []
         captions = [draw_caption(s.entry, self.options, seed=recipe.seed, number=s.number) for s in samples]
-        masks = [self.latents.mask(s.pictures[0]) for s in samples]
+        masks = [self.latents.mask(s.pictures[0]) if read else None for s in samples]
         regions = [self._regions(s, height, width) for s in samples]
         return Batch(
             numbers=tuple(s.number for s in samples),
             keys=tuple(" ".join(picture.item.sha256 for picture in s.pictures) for s in samples),
-            latents_BCHW=torch.stack([of_sample[0] for of_sample in latents]),
-            lose_BCHW=torch.stack([of_sample[1] for of_sample in latents]) if pairs else None,
+            tags=tuple("" if isinstance(s.entry, Pair) else s.entry.concept for s in samples),
+            shape_CHW=(LATENT_CHANNELS, height, width),
+            latents_BCHW=torch.stack([of_sample[0] for of_sample in latents]) if read else None,
+            lose_BCHW=torch.stack([of[1] for of in latents]) if recipe.objective == "dpo" else None,
             texts=tuple(self.text(caption) for caption in captions),
             masks_BHW=_stack(masks, height, width),
             regions_BHW=_stack(regions, height, width),
@@ -193,7 +207,7 @@ class Feed:
         return self._columns[key]
 
 
-def read_data(job: Job, recipe: Recipe) -> Dataset | Pairs:
+def read_data(job: Job, recipe: Recipe) -> Data:
     """What the job's manifest lists.
 
     Raises:
@@ -201,6 +215,8 @@ def read_data(job: Job, recipe: Recipe) -> Dataset | Pairs:
     """
     if not job.manifest_path.is_file():
         raise ErnieError(f"{job.folder} has no manifest.jsonl: make the job together with its data.")
+    if recipe.objective == "distil" and is_prompts_manifest(job.manifest_path):
+        return read_prompts_manifest(job.manifest_path)
     return (read_pairs_manifest if recipe.objective == "dpo" else read_manifest)(job.manifest_path)
 
 

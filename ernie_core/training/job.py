@@ -16,13 +16,22 @@ import numpy as np
 from ..errors import ErnieError
 from .captions import CaptionRules
 from .dataset import read_dataset
+from .feed import Data
 from .items import Dataset, DatasetOptions, join_datasets, write_manifest
 from .pairs import Pairs, read_pairs, write_pairs_manifest
 from .previews import curve_panels, draw_curves
+from .prompts import Prompts, read_prompts, write_prompts_manifest
 from .recipe import Recipe, build_settings, parse_toml, recipe_from_dict
 from .state import Job, file_hash
 
 PACK_ROOT = Path(__file__).resolve().parents[2]
+
+TRAINED_ON: dict[str, tuple[tuple[type, ...], str]] = {
+    "sft": ((Dataset,), "a dataset of pictures"),
+    "dpo": ((Pairs,), "preference pairs"),
+    "distil": ((Prompts, Dataset), "prompts or a dataset of pictures"),
+}
+"""Objective -> what it takes, in types and in words."""
 
 JobState = Literal["new", "running", "stopped", "finished", "failed"]
 
@@ -42,18 +51,18 @@ class Status:
     alarms: tuple[str, ...] = ()
 
 
-def create_job(folder: Path | str, recipe: Recipe, data: Dataset | Pairs, *, start_over: bool = False) -> Job:
+def create_job(folder: Path | str, recipe: Recipe, data: Data, *, start_over: bool = False) -> Job:
     """The job folder for `recipe` on `data`: a new one, or the one that has begun with the same two.
 
     Args:
         start_over: delete what the folder has trained so far; caches stay.
 
     Raises:
-        ErnieError: pairs for sft or pictures for dpo; a process trains in the folder; or it has trained with other
-            settings or other data.
+        ErnieError: data of another kind than the objective's; a process trains in the folder; or it has trained with
+            other settings or other data.
     """
-    if isinstance(data, Pairs) != (recipe.objective == "dpo"):
-        needed = "preference pairs" if recipe.objective == "dpo" else "a dataset of pictures"
+    kinds, needed = TRAINED_ON[recipe.objective]
+    if not isinstance(data, kinds):
         raise ErnieError(f"the objective {recipe.objective} needs {needed}, got {type(data).__name__.lower()}.")
     job = Job(folder)
     if start_over and job.exists():
@@ -75,19 +84,23 @@ def create_job(folder: Path | str, recipe: Recipe, data: Dataset | Pairs, *, sta
     return job
 
 
-def write_data(data: Dataset | Pairs, path: Path) -> None:
-    """Write the manifest of either kind."""
+def write_data(data: Data, path: Path) -> None:
+    """Write the manifest of any kind."""
     if isinstance(data, Pairs):
         write_pairs_manifest(data, path)
+    elif isinstance(data, Prompts):
+        write_prompts_manifest(data, path)
     else:
         write_manifest(data, path)
 
 
-def read_job_file(path: Path | str) -> tuple[Recipe, Dataset | Pairs]:
+def read_job_file(path: Path | str) -> tuple[Recipe, Data]:
     """Recipe and data of a job.toml: a recipe with one table [data], or several [[data]] that are joined.
 
     A data table has `path` (relative to the file), optionally `format`, and the settings of `DatasetOptions`; those of
-    `CaptionRules` (trigger, dropout, ...) may stand beside them.
+    `CaptionRules` (trigger, dropout, ...) may stand beside them. For the objective distil it has `prompts` instead, a
+    text with a prompt per line or the name of a .txt file with one (see `read_prompts`), or pictures whose captions
+    are the prompts.
 
     Raises:
         ErnieError: not TOML, a setting that does not exist, or data that cannot be used.
@@ -101,6 +114,8 @@ def read_job_file(path: Path | str) -> tuple[Recipe, Dataset | Pairs]:
     if not tables:
         raise ErnieError(f'{path.name} needs a table [data] with at least path = "folder".')
     recipe = recipe_from_dict(_absolute_models(values, path.parent))
+    if recipe.objective == "distil" and isinstance(tables, dict) and "prompts" in tables:
+        return recipe, _read_prompts_table(tables, path.parent, recipe)
     read = [_read_table(dict(t), path.parent, recipe) for t in (tables if isinstance(tables, list) else [tables])]
     if recipe.objective == "dpo":
         if len(read) > 1:
@@ -115,7 +130,25 @@ def _absolute_models(values: dict[str, Any], base: Path) -> dict[str, Any]:
     if isinstance(models, dict):
         values = {**values, "models": {k: str((base / v).resolve()) if v else v for k, v in models.items()}}
     loras = {k: str((base / values[k]).resolve()) for k in ("initial_lora", "reference_lora") if values.get(k)}
-    return {**values, **loras}
+    values = {**values, **loras}
+    fake = values.get("distil", {}).get("fake", {})
+    teachers = values.get("distil", {}).get("table", {}).get("teachers", [])
+    for place, key in ((fake, "initial_lora"), *((teacher, "lora") for teacher in teachers)):
+        if place.get(key):
+            place[key] = str((base / place[key]).resolve())
+    return values
+
+
+def _read_prompts_table(table: Mapping[str, Any], base: Path, recipe: Recipe) -> Prompts:
+    prompts = table["prompts"]
+    if len(table) > 1 or not isinstance(prompts, str):
+        raise ErnieError("a [data] table with prompts holds nothing else: a text, or the name of a .txt file.")
+    if prompts.endswith(".txt") and "\n" not in prompts:
+        try:
+            prompts = (base / prompts).read_text(encoding="utf-8-sig")
+        except (OSError, UnicodeDecodeError) as e:
+            raise ErnieError(f"the prompts {base / prompts} cannot be read: {e}") from e
+    return read_prompts(prompts, tags=recipe.distil.table.tags)
 
 
 def _read_table(table: dict[str, Any], base: Path, recipe: Recipe) -> Dataset | Pairs:
@@ -147,7 +180,7 @@ def status(job: Job) -> Status:
     recent = [e["seconds"] for e in done[-20:]]
     left = sum(recent) / len(recent) * (steps - step) if recent else None
     alarms = tuple(dict.fromkeys(e["message"] for e in events if e["event"] == "alarm"))
-    loss = done[-1]["loss"] if done else None
+    loss = next((e["loss"] for e in reversed(done) if "loss" in e), None)
     return Status(state=state, step=step, steps=steps, loss=loss, seconds_left=left, message=message, alarms=alarms)
 
 
@@ -234,8 +267,9 @@ def report(job: Job) -> Report:
     ]
     done = [e for e in events if e["event"] == "step"]
     if done:
-        loss, seconds = np.mean([e["loss"] for e in done[-50:]]), np.median([e["seconds"] for e in done])
-        lines.append(f"- loss {loss:.4f} (last 50 steps), {seconds:.2f} s a step")
+        losses, seconds = [e["loss"] for e in done[-50:] if "loss" in e], np.median([e["seconds"] for e in done])
+        loss = f"loss {np.mean(losses):.4f} (last 50 steps)" if losses else "the fake score warms up"
+        lines.append(f"- {loss}, {seconds:.2f} s a step")
     if now.message:
         lines.append(f"- {now.message}")
     lines += [f"- **alarm**: {alarm}" for alarm in now.alarms]

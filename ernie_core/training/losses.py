@@ -1,6 +1,6 @@
 """The objectives as the trainer calls them: what a micro-batch costs, what is logged, what must be saved.
 
-Both ask the model through one function, `velocity(x_BCHW, sigmas_B, texts, view, attend)`, which runs it with the
+All ask the model through one function, `velocity(x_BCHW, sigmas_B, texts, view, attend)`, which runs it with the
 adapters of `view` on; where the gradient goes is decided by torch's grad mode at the call.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +19,7 @@ from torch import Tensor
 from ..model.attention import AttentionFunction, attention
 from ..sampling.latents import mix_noise
 from .feed import Batch
+from .learner import Learner
 from .objectives import (
     AutoBeta,
     dpo_loss,
@@ -32,7 +33,9 @@ from .objectives import (
 from .recipe import Recipe
 from .world import Sums
 
-Velocity = Callable[[Tensor, Tensor, Sequence[Tensor], tuple[str, ...], AttentionFunction], Tensor]
+View = tuple[str | Mapping[str, float], ...]
+"""What `Views.active` takes: names of adapters, or {name: strength}; () = the base."""
+Velocity = Callable[[Tensor, Tensor, Sequence[Tensor], View, AttentionFunction], Tensor]
 
 ALARM_STEPS = 50
 """Steps in a row with the winner's error above the reference's before the alarm."""
@@ -42,34 +45,64 @@ _SIGMA_BINS = 4
 _same_kernel = partial(attention, backend="sdpa")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Turn:
+    """One update within a step."""
+
+    step: int
+    learner: str = "policy"
+    """Which adapter it changes."""
+    index: int = 0
+    """Which of the step's updates of this adapter."""
+
+    @property
+    def suffix(self) -> str:
+        """What tells the metrics of other adapters from the policy's."""
+        return "" if self.learner == "policy" else f"_{self.learner}"
+
+    @property
+    def loss(self) -> str:
+        return f"loss{self.suffix}"
+
+
 class Objective(Protocol):
-    """What the trainer needs of an objective."""
+    """What the trainer needs of an objective; most train the policy alone, once in a step, and carry no state."""
 
     metric_names: tuple[str, ...]
+    learners: Mapping[str, Learner] = {}
+    """What is trained besides the policy; saved and resumed with it."""
+    done: bool = False
+    """Whether training has come to its end before its last step."""
 
-    def losses(self, batch: Batch, velocity: Velocity, sums: Sums) -> Tensor:
+    def turns(self, step: int) -> Sequence[Turn]:
+        """The updates of a step, in order."""
+        return (Turn(step=step),)
+
+    def losses(self, batch: Batch, velocity: Velocity, sums: Sums, turn: Turn) -> Tensor:
         """Loss [B] of each sample, with its gradient; metrics are added to `sums`."""
         ...
 
-    def after_step(self, metrics: Mapping[str, float]) -> str | None:
+    def after_step(self, metrics: Mapping[str, float]) -> str | None:  # noqa: ARG002
         """Take in the means of a finished step; an alarm for the user, once."""
-        ...
+        return None
 
     def state(self) -> dict[str, Any]:
         """What a resumed run needs; plain values."""
-        ...
+        return {}
 
-    def restore(self, state: Mapping[str, Any]) -> None: ...
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Put back what `state` gave."""
 
 
-class Sft:
+class Sft(Objective):
     """Supervised fine-tuning: velocity matching on each picture under its caption."""
 
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
         self.metric_names = tuple(map(_bin_name, range(_SIGMA_BINS)))
 
-    def losses(self, batch: Batch, velocity: Velocity, sums: Sums) -> Tensor:
+    def losses(self, batch: Batch, velocity: Velocity, sums: Sums, turn: Turn) -> Tensor:  # noqa: ARG002
+        assert batch.latents_BCHW is not None
         recipe, x0 = self.recipe, batch.latents_BCHW
         tokens = x0[0, 0].numel()
         sigmas = torch.cat([_sigma(recipe, number, tokens) for number in batch.numbers])
@@ -89,17 +122,8 @@ class Sft:
         weights = loss_weights(recipe.sigmas, sigmas, tokens=tokens) * batch.weights_B
         return errors * weights.to(place)
 
-    def after_step(self, metrics: Mapping[str, float]) -> str | None:  # noqa: ARG002
-        return None
 
-    def state(self) -> dict[str, Any]:
-        return {}
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        pass
-
-
-class Dpo:
+class Dpo(Objective):
     """Preference learning: winner and loser under one caption, one noise and one sigma, against a frozen reference.
 
     With `reference_bank` K every pair meets K fixed draws of noise and sigma, and the reference's errors on them are
@@ -118,8 +142,9 @@ class Dpo:
         self.win_excess, self.steps_above = 0.0, 0
         self.known = _read_errors(errors_path) if recipe.reference_bank else {}
 
-    def losses(self, batch: Batch, velocity: Velocity, sums: Sums) -> Tensor:
+    def losses(self, batch: Batch, velocity: Velocity, sums: Sums, turn: Turn) -> Tensor:  # noqa: ARG002
         config = self.recipe.dpo
+        assert batch.latents_BCHW is not None
         assert batch.lose_BCHW is not None
         x0, pairs = torch.cat([batch.latents_BCHW, batch.lose_BCHW]), len(batch.numbers)
         elements, tokens = x0[0].numel(), x0[0, 0].numel()

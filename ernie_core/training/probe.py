@@ -57,6 +57,8 @@ class _MadeUpFeed:
             Batch(
                 numbers=tuple(range(first, first + count)),
                 keys=tuple(map(str, range(first, first + count))),
+                tags=("",) * count,
+                shape_CHW=(self.latents.shape[1], self.latents.shape[2], self.latents.shape[3]),
                 latents_BCHW=self.latents,
                 lose_BCHW=self.latents.flip(0, -1) if self.recipe.objective == "dpo" else None,
                 texts=(self.features,) * count,

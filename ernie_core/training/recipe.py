@@ -20,9 +20,10 @@ from ..config import BASE, TURBO
 from ..errors import ErnieError
 from .adapters import AdapterConfig
 from .buckets import Stage
+from .distillation import DistilConfig
 from .objectives import DpoConfig, SigmaSampling
 
-Objective = Literal["sft", "dpo"]
+Objective = Literal["sft", "dpo", "distil"]
 Precision = Literal["bf16", "fp32", "fp8", "int8", "stored"]
 OptimiserName = Literal["adamw", "adamw8bit", "prodigy", "adafactor"]
 ScheduleName = Literal["constant", "cosine", "linear"]
@@ -125,6 +126,7 @@ class Recipe:
     dpo: DpoConfig = field(default_factory=DpoConfig)
     reference_bank: int = 0
     """DPO: noises per pair whose reference errors are computed once and kept; 0 = new noise every time."""
+    distil: DistilConfig = field(default_factory=DistilConfig)
     depth: DepthConfig = field(default_factory=DepthConfig)
     checkpointing: bool = True
     """Recompute the blocks' activations in the backward pass: a third more time for a fraction of the memory."""
@@ -157,10 +159,24 @@ class Recipe:
             raise ErnieError(f"optimiser.ema must be 0 (off) or a decay below 1, got {self.optimiser.ema:g}.")
         if self.stream and not self.checkpointing:
             raise ErnieError("stream needs checkpointing: the backward pass brings the weights again. Switch it on.")
-        if self.objective == "dpo" and (self.region_weight or self.keyword_weight):
-            raise ErnieError("region_weight and keyword_weight belong to the objective sft; set them to 0 for dpo.")
-        if self.objective == "sft" and (self.reference_lora or self.reference_bank):
-            raise ErnieError("reference_lora and reference_bank belong to the objective dpo; leave them empty for sft.")
+        if self.objective != "sft" and (self.region_weight or self.keyword_weight):
+            raise ErnieError(
+                f"region_weight and keyword_weight belong to the objective sft; set them to 0 for {self.objective}."
+            )
+        if self.objective != "dpo" and (self.reference_lora or self.reference_bank):
+            raise ErnieError(
+                f"reference_lora and reference_bank belong to the objective dpo; leave them empty for {self.objective}."
+            )
+        if self.objective != "distil" and self.distil != DistilConfig():
+            raise ErnieError(
+                f"the settings [distil] belong to the objective distil; leave them out for {self.objective}."
+            )
+        fake_rank = self.distil.fake.rank or self.adapter.rank
+        if fake_rank < self.adapter.rank:
+            raise ErnieError(
+                f"distil.fake.rank must be at least the student's {self.adapter.rank}, got {fake_rank}: it has to "
+                "learn whatever the student paints."
+            )
 
     @property
     def effective_lr(self) -> float:

@@ -9,7 +9,6 @@ step's samples and the gradients are summed; the result is that of one process w
 from __future__ import annotations
 
 import contextlib
-import copy
 import math
 import os
 import shutil
@@ -32,11 +31,12 @@ from .adapters import Adapter, Views
 from .base import load_base
 from .blocks import BlockStream, run_blocks, skip_list
 from .caching import component_hash
+from .distil import make_distil
 from .export import lora_metadata, write_trained
 from .feed import Batch, Feed, model_hashes_path
-from .losses import Dpo, Objective, Sft
+from .learner import Learner, part_of
+from .losses import Dpo, Objective, Sft, Turn, View
 from .objectives import is_drawn, make_generator
-from .optimisers import lr_at, make_optimiser, pack_state, unpack_state
 from .previews import picture_grid, sample_pictures
 from .recipe import Recipe
 from .state import Job
@@ -123,15 +123,12 @@ class Trainer:
         if make_feed is not None:
             self.feed = make_feed(self.model)
         self.views = Views(self.model)
-        self.adapter = make_adapter(recipe, self.model, world.device)
-        self.views.add("policy", self.adapter)
-        self.average: Adapter | None = None
-        if recipe.optimiser.ema:
-            self.average = copy.deepcopy(self.adapter).requires_grad_(False)
-            self.views.add("average", self.average)
+        self.policy = Learner(make_adapter(recipe, self.model, world.device), recipe.optimiser, steps=recipe.steps)
+        self.views.add("policy", self.policy.adapter)
+        if self.policy.average is not None:
+            self.views.add("average", self.policy.average)
         self.objective = self._make_objective()
-        self.weights = [w for w in self.adapter.parameters() if w.requires_grad]
-        self.optimiser = make_optimiser(self.weights, recipe.optimiser)
+        self.learners = {"policy": self.policy, **self.objective.learners}
         self.counts = {"bad_steps": 0, "out_of_memory": 0}
         self.step = self._restore()
 
@@ -139,6 +136,8 @@ class Trainer:
         recipe = self.recipe
         if recipe.objective == "sft":
             return Sft(recipe)
+        if recipe.objective == "distil":
+            return make_distil(recipe, self.views, self.feed.text(""), self.world.device)
         reference: tuple[str, ...] = ()
         if recipe.reference_lora:
             lora = read_lora(Path(recipe.reference_lora), module_shapes(self.model))
@@ -158,7 +157,7 @@ class Trainer:
         if self.step == 0:
             self._sample()
         with self._tensorboard() as board:
-            while self.step < last:
+            while self.step < last and not self._is_done():
                 started = time.perf_counter()
                 metrics, good = self.train_step(self.step)
                 self.step += 1
@@ -169,66 +168,68 @@ class Trainer:
                     self._alarm(self.objective.after_step(metrics))
                 else:
                     self._count_bad_step(metrics, bad_in_a_row)
-                stop = self._should_stop()
-                if stop or self.step == last or self.step % recipe.save_every == 0:
+                stop, done = self._should_stop(), self._is_done()
+                if stop or done or self.step == last or self.step % recipe.save_every == 0:
                     self._save()
-                if stop and self.step < recipe.steps:
+                if stop and not done:
                     raise Interrupted(f"stopped at step {self.step} of {recipe.steps}; saved, resume any time.")
                 every = recipe.samples.every
-                if self.step == recipe.steps or (every and self.step % every == 0):
+                if done or (every and self.step % every == 0):
                     self._sample()
-        return self._finish() if self.step >= recipe.steps else self.job.checkpoint_path(self.step) / "lora.safetensors"
+        return self._finish() if self._is_done() else self.job.checkpoint_path(self.step) / "lora.safetensors"
+
+    def _is_done(self) -> bool:
+        """Whether the last step is behind us, or the objective has seen enough."""
+        return self.step >= self.recipe.steps or self.objective.done
 
     def train_step(self, step: int) -> tuple[dict[str, float], bool]:
-        """(means over the step's samples, whether the update was applied): it is not where anything is NaN."""
-        optimiser = self.recipe.optimiser
-        rate = lr_at(optimiser, step, self.recipe.steps)
-        for group in self.optimiser.param_groups:
-            group["lr"] = rate
-        sums = self._gradients(step)
-        self._sum_gradients()
-        norm = float(nn.utils.clip_grad_norm_(self.weights, optimiser.clip or math.inf))
+        """(means over the step's samples, whether every update was applied): one that is NaN ends the step."""
+        sums, rates, good = Sums(), {}, True
+        for turn in self.objective.turns(step):
+            learner = self.learners[turn.learner]
+            found = self._gradients(turn, learner)
+            learner.sum_gradients(self.world)
+            norm = learner.clip()
+            sums.take(found)
+            rates |= {f"lr{turn.suffix}": learner.rate_at(step), f"grad_norm{turn.suffix}": norm}
+            good = math.isfinite(norm) and math.isfinite(found.means(self.world, [turn.loss])[turn.loss])
+            if good:
+                learner.update(step)
+            learner.clear()
+            if not good:
+                break
         metrics = sums.means(self.world, ("loss", *self.objective.metric_names))
-        metrics |= {"lr": rate, "grad_norm": norm, "samples": self.feed.samples_in(step)}
-        good = math.isfinite(norm) and math.isfinite(metrics["loss"])
-        if good:
-            self.optimiser.step()
-            if self.average is not None:
-                with torch.no_grad():
-                    for average, weight in zip(self.average.parameters(), self.weights, strict=True):
-                        average.lerp_(weight, 1 - optimiser.ema)
-        self.optimiser.zero_grad(set_to_none=True)
-        return metrics, good
+        return metrics | rates | {"samples": self.feed.samples_in(step)}, good
 
-    def _gradients(self, step: int) -> Sums:
-        """Add this process's share of the step's gradient; where memory runs out, once more sample by sample."""
-        batches = self.feed.micro_batches(step)
+    def _gradients(self, turn: Turn, learner: Learner) -> Sums:
+        """Add this process's share of the gradient; where memory runs out, once more sample by sample."""
+        batches = self.feed.micro_batches(turn.step)
         try:
-            return self._backward(step, batches, checkpoint=self.recipe.checkpointing)
+            return self._backward(turn, learner, batches, checkpoint=self.recipe.checkpointing)
         except torch.OutOfMemoryError:
             # Outside of this block: the exception holds the activations.
             self.counts["out_of_memory"] += 1
-        self.optimiser.zero_grad(set_to_none=True)
+        learner.clear()
         if self.world.device.type == "cuda":
             torch.cuda.empty_cache()
-        message = f"step {step + 1} ran out of memory and is repeated sample by sample, with checkpointing."
-        self.log({"event": "out_of_memory", "step": step + 1, "message": message})
+        message = f"step {turn.step + 1} ran out of memory and is repeated sample by sample, with checkpointing."
+        self.log({"event": "out_of_memory", "step": turn.step + 1, "message": message})
         try:
-            return self._backward(step, [one for batch in batches for one in batch.split()], checkpoint=True)
+            return self._backward(turn, learner, [one for b in batches for one in b.split()], checkpoint=True)
         except torch.OutOfMemoryError as e:
             raise ErnieError(
-                f"step {step + 1} does not fit into memory, not even one sample at a time with checkpointing. Use "
+                f"step {turn.step + 1} does not fit into memory, not even one sample at a time with checkpointing. Use "
                 "precision int8 or fp8, stream the blocks, lower the resolution, or close what else uses the GPU. "
                 f"The last checkpoint is of step {self.job.newest_step() or 0}."
             ) from e
 
-    def _backward(self, step: int, batches: Sequence[Batch], *, checkpoint: bool) -> Sums:
-        sums, total = Sums(), self.feed.samples_in(step)
-        blocks = run_blocks(checkpoint=checkpoint, skip=self._skipped(step), stream=self.stream)
+    def _backward(self, turn: Turn, learner: Learner, batches: Sequence[Batch], *, checkpoint: bool) -> Sums:
+        sums, total = Sums(), self.feed.samples_in(turn.step)
+        blocks = run_blocks(checkpoint=checkpoint, skip=self._skipped(turn.step), stream=self.stream)
         dtype, device = self.model.x_embedder.proj.weight.dtype, self.world.device
 
         def velocity(
-            x: Tensor, sigmas: Tensor, texts: Sequence[Tensor], view: tuple[str, ...], attend: AttentionFunction
+            x: Tensor, sigmas: Tensor, texts: Sequence[Tensor], view: View, attend: AttentionFunction
         ) -> Tensor:
             text = nn.utils.rnn.pad_sequence([t.to(device, dtype) for t in texts], batch_first=True)
             with self.views.active(*view):
@@ -241,25 +242,16 @@ class Trainer:
                     run_block=blocks,
                 )
 
-        self.adapter.train()
+        learner.adapter.train()
         for batch in batches:
             with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
                 generator = make_generator("dropout", self.recipe.seed, batch.numbers[0])
                 torch.manual_seed(generator.initial_seed())
-                losses = self.objective.losses(batch, velocity, sums)
-                sums.add("loss", losses)
+                losses = self.objective.losses(batch, velocity, sums, turn)
+                sums.add(turn.loss, losses)
                 (losses.sum() / total).backward()
-        self.adapter.eval()
+        learner.adapter.eval()
         return sums
-
-    def _sum_gradients(self) -> None:
-        """Sum the gradients over the processes; one that had no sample in this step adds zeros."""
-        if self.world.size == 1:
-            return
-        flat = torch.cat([(torch.zeros_like(w) if w.grad is None else w.grad).flatten() for w in self.weights])
-        self.world.sum(flat)
-        for w, part in zip(self.weights, flat.split([w.numel() for w in self.weights]), strict=True):
-            w.grad = part.view_as(w)
 
     def _skipped(self, step: int) -> tuple[int, ...]:
         """Blocks left out in this step (elastic depth)."""
@@ -272,7 +264,7 @@ class Trainer:
     def _count_bad_step(self, metrics: Mapping[str, float], in_a_row: int) -> None:
         self.counts["bad_steps"] += 1
         terms = ", ".join(name for name, value in metrics.items() if not math.isfinite(value))
-        message = f"step {self.step}: {terms} not finite; the update was thrown away, nothing was changed."
+        message = f"step {self.step}: {terms} not finite; that update and what followed in the step were left out."
         self.log({"event": "bad_step", "step": self.step, "message": message})
         if in_a_row >= MAX_BAD_STEPS:
             self._save()
@@ -313,13 +305,14 @@ class Trainer:
 
     def _save(self) -> None:
         if self.world.leads:
-            optimiser, values = pack_state(self.optimiser)
-            tensors = {f"adapter.{name}": w for name, w in self.adapter.state_dict().items()}
-            tensors |= {f"optimiser.{name}": w for name, w in optimiser.items()}
-            if self.average is not None:
-                tensors |= {f"average.{name}": w for name, w in self.average.state_dict().items()}
+            tensors, values = self.policy.pack()
+            others = {}
+            for name, learner in self.objective.learners.items():
+                more, others[name] = learner.pack()
+                tensors |= {f"{name}.{key}": w for key, w in more.items()}
             state = {
                 "optimiser": values,
+                "learners": others,
                 "objective": self.objective.state(),
                 "counts": self.counts,
                 "recipe": self.recipe.hash(),
@@ -334,14 +327,14 @@ class Trainer:
         metadata = lora_metadata(
             self.recipe,
             step=self.step,
-            averaged=self.average is not None,
+            averaged=self.policy.average is not None,
             base_hash=component_hash(base, "transformer", memo=model_hashes_path(self.job)),
             data_hash=self.feed.hash,
             trigger=self.feed.trigger,
             items=self.feed.items,
         )
-        trained = (self.average or self.adapter).to_lora()
-        write_trained(trained, path, module_shapes(self.model), dtype=self.recipe.save_dtype, metadata=metadata)
+        shapes = module_shapes(self.model)
+        write_trained(self.policy.result.to_lora(), path, shapes, dtype=self.recipe.save_dtype, metadata=metadata)
 
     def _restore(self) -> int:
         """Put the newest whole checkpoint back; its step, or 0 when there is none."""
@@ -357,13 +350,9 @@ class Trainer:
                     "or start it over."
                 )
 
-        def part(prefix: str) -> dict[str, Tensor]:
-            return {k.removeprefix(prefix): v for k, v in found.tensors.items() if k.startswith(prefix)}
-
-        self.adapter.load_state_dict(part("adapter."))
-        if self.average is not None:
-            self.average.load_state_dict(part("average."))
-        unpack_state(self.optimiser, part("optimiser."), found.values["optimiser"])
+        self.policy.unpack(found.tensors, found.values["optimiser"])
+        for name, learner in self.objective.learners.items():
+            learner.unpack(part_of(found.tensors, name), found.values["learners"][name])
         self.objective.restore(found.values["objective"])
         self.counts.update(found.values["counts"])
         if self.world.leads:
@@ -390,14 +379,14 @@ class Trainer:
                     return sample_pictures(model, vae, texts, empty, steps=steps, cfg=cfg, **common)
 
             label = f"step {self.step}: %s, %d steps, cfg %g"
-            view = "policy" if self.average is None else "average"
+            view = "policy" if self.policy.average is None else "average"
             rows = {
                 label % ("Base", s.base_steps, s.base_cfg): row(self.model, s.base_steps, s.base_cfg, view, self.views)
             }
             if models.turbo:
                 turbo = load_base(models.turbo, precision=self.recipe.precision, device=self.world.device)
                 turbo_views = Views(turbo)
-                turbo_views.add(view, self.average or self.adapter)
+                turbo_views.add(view, self.policy.result)
                 name = label % ("Turbo", s.turbo_steps, s.turbo_cfg)
                 rows[name] = row(turbo, s.turbo_steps, s.turbo_cfg, view, turbo_views)
             self.job.samples_folder.mkdir(exist_ok=True)

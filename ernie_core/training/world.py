@@ -62,6 +62,11 @@ class Sums:
     def add(self, name: str, values_B: Tensor) -> None:
         self.values[name].append(values_B.detach().float().flatten())
 
+    def take(self, other: Sums) -> None:
+        """Add what another one has seen."""
+        for name, parts in other.values.items():
+            self.values[name] += parts
+
     def means(self, world: World, names: Sequence[str]) -> dict[str, float]:
         """Means over all samples of all processes, for `names` that any process has seen."""
         flat = torch.zeros(len(names), 2, dtype=torch.float64)

@@ -73,7 +73,7 @@ def test_toml(tmp_path):
         ({"optimiser": {"name": "sgd"}}, r"optimiser.name must be one of adamw"),
         ({"optimiser": {"betas": [0.9]}}, r"optimiser.betas must have 2 entries, got 1"),
         ({"optimiser": 3}, "optimiser must be a table of settings, got 3"),
-        ({"objective": "rl"}, "objective must be one of sft, dpo; got 'rl'"),
+        ({"objective": "rl"}, "objective must be one of sft, dpo, distil; got 'rl'"),
         ({"name": "a/b"}, "name must be usable as a file name"),
         ({"models": {}}, "models is not complete"),
         ({"objective": "dpo", "region_weight": 0.1}, "belong to the objective sft"),

@@ -18,7 +18,9 @@ from ernie_pack.ernie_core.training import trainer as trainer_module
 from ernie_pack.ernie_core.training.adapters import AdapterConfig
 from ernie_pack.ernie_core.training.buckets import Stage
 from ernie_pack.ernie_core.training.dataset import read_dataset
+from ernie_pack.ernie_core.training.distillation import DistilConfig, FakeConfig
 from ernie_pack.ernie_core.training.job import PACK_ROOT, create_job, start_worker, status, watch
+from ernie_pack.ernie_core.training.learner import Learner
 from ernie_pack.ernie_core.training.objectives import DpoConfig
 from ernie_pack.ernie_core.training.recipe import DepthConfig, OptimiserConfig, SampleConfig
 from ernie_pack.ernie_core.training.trainer import train
@@ -49,7 +51,7 @@ def same(left, right):
 
 
 def losses(job):
-    return [e["loss"] for e in job.events() if e["event"] == "step"]
+    return [e.get("loss") for e in job.events() if e["event"] == "step"]
 
 
 def drawn_job(folder, recipe):
@@ -63,6 +65,10 @@ def drawn_job(folder, recipe):
 
 
 DPO = {"objective": "dpo", "dpo": DpoConfig(auto_beta=0.2, sdpo_mu=0.6), "batch_size": 1}
+DISTIL = {
+    "objective": "distil",
+    "distil": DistilConfig(steps=3, fake=FakeConfig(warmup=2, steps_per_student=2, lr=1e-2)),
+}
 RUNS = {
     "sft": {},
     "dropout": {"adapter": AdapterConfig(rank=2, dropout=0.3)},
@@ -75,6 +81,8 @@ RUNS = {
     "stages": {"stages": (Stage(resolutions=(32,), until_step=3), Stage(resolutions=(64,)))},
     "dpo": DPO,
     "dpo with a bank": {**DPO, "reference_bank": 3},
+    "distil": DISTIL,
+    "distil with an average": {**DISTIL, "optimiser": OptimiserConfig(lr=1e-2, warmup=1, ema=0.9)},
 }
 
 
@@ -264,14 +272,15 @@ def test_a_worker_is_asked_to_stop_and_stops(models, tmp_path):
 def test_nan_is_counted_thrown_away_and_shown(models, tmp_path, monkeypatch):
     recipe = small_recipe(models)
     job = small_job(tmp_path / "job", recipe)
-    original = trainer_module.Trainer._sum_gradients
+    original = trainer_module.Trainer._gradients
 
-    def poison(self):
-        original(self)
-        if self.step in (2, 3):
-            self.weights[0].grad[0, 0] = float("nan")
+    def poison(self, turn, learner):
+        sums = original(self, turn, learner)
+        if turn.step in (2, 3):
+            learner.weights[0].grad[0, 0] = float("nan")
+        return sums
 
-    monkeypatch.setattr(trainer_module.Trainer, "_sum_gradients", poison)
+    monkeypatch.setattr(trainer_module.Trainer, "_gradients", poison)
     train(job, device="cpu")
     bad = [e for e in job.events() if e["event"] == "bad_step"]
     assert [e["step"] for e in bad] == [3, 4]
@@ -284,7 +293,7 @@ def test_nothing_but_nan_ends_the_run_with_the_last_good_weights(models, tmp_pat
     job = small_job(tmp_path / "job", small_recipe(models, steps=40))
     train(job, until=2, device="cpu")
     good = {k: v for k, v in state(job).items() if k.startswith("adapter.")}
-    monkeypatch.setattr(trainer_module.Trainer, "_sum_gradients", lambda self: self.weights[0].grad.fill_(float("inf")))
+    monkeypatch.setattr(Learner, "sum_gradients", lambda self, _: self.weights[0].grad.fill_(float("inf")))
     with pytest.raises(ErnieError, match=r"not finite in 10 steps in a row\. The weights are those of step 2, saved"):
         train(job, device="cpu")
     assert status(job).state == "failed"
@@ -294,10 +303,10 @@ def test_nothing_but_nan_ends_the_run_with_the_last_good_weights(models, tmp_pat
 def test_out_of_memory_is_tried_again_sample_by_sample(models, tmp_path, monkeypatch):
     original = trainer_module.Trainer._backward
 
-    def full(self, step, batches, *, checkpoint):
-        if step == 1 and any(len(batch.numbers) > 1 for batch in batches):
+    def full(self, turn, learner, batches, *, checkpoint):
+        if turn.step == 1 and any(len(batch.numbers) > 1 for batch in batches):
             raise torch.OutOfMemoryError("no memory")
-        return original(self, step, batches, checkpoint=checkpoint)
+        return original(self, turn, learner, batches, checkpoint=checkpoint)
 
     recipe = small_recipe(models, steps=2)
     whole = run(tmp_path / "whole", recipe)
@@ -306,7 +315,7 @@ def test_out_of_memory_is_tried_again_sample_by_sample(models, tmp_path, monkeyp
     assert [e["step"] for e in job.events() if e["event"] == "out_of_memory"] == [2]
     assert losses(job) == pytest.approx(losses(whole), rel=1e-5)
 
-    def always(self, step, batches, *, checkpoint):
+    def always(self, turn, learner, batches, *, checkpoint):
         raise torch.OutOfMemoryError("no memory")
 
     monkeypatch.setattr(trainer_module.Trainer, "_backward", always)

@@ -10,6 +10,7 @@ from ernie_pack.ernie_core.training.buckets import Stage
 from ernie_pack.ernie_core.training.dataset import read_dataset
 from ernie_pack.ernie_core.training.job import create_job
 from ernie_pack.ernie_core.training.pairs import read_pairs
+from ernie_pack.ernie_core.training.prompts import Prompts, make_prompt
 from ernie_pack.ernie_core.training.recipe import ModelPaths, OptimiserConfig, Recipe, SampleConfig
 from ernie_pack.ernie_core.training.state import Job
 from PIL import Image
@@ -33,6 +34,12 @@ def write_pictures(folder: Path, *, count: int, seed: int = 0, px: tuple[int, in
         (folder / f"{i:02}.txt").write_text(CAPTIONS[i % len(CAPTIONS)], encoding="utf-8")
 
 
+def small_prompts(count: int = 7) -> Prompts:
+    """Captions, every other one with the tag shapes."""
+    items = [make_prompt(f"{CAPTIONS[i % 4]} {i}", tag="shapes" if i % 2 else "") for i in range(count)]
+    return Prompts(items=tuple(items))
+
+
 def small_recipe(models: Path, **changes) -> Recipe:
     """Four samples a step, rank 2, fp32, no samples."""
     settings = {
@@ -52,7 +59,9 @@ def small_recipe(models: Path, **changes) -> Recipe:
 
 
 def small_job(folder: Path, recipe: Recipe, *, count: int = 7) -> Job:
-    """A job on drawn pictures, or on pairs of them for dpo."""
+    """A job on drawn pictures, on pairs of them for dpo, or on their captions for distil."""
+    if recipe.objective == "distil":
+        return create_job(folder, recipe, small_prompts(count))
     data = folder.parent / f"data-{recipe.objective}-{count}"
     if recipe.objective == "dpo":
         if not data.exists():
