@@ -7,6 +7,7 @@ report    numbers, loss curves and samples of a job, as files
 preflight what the data looks like and what the run will cost, before it starts
 lora      inspect, convert, resize, extract, merge LoRA files
 adviser   which files to load on this machine, why, and what they will take
+curate    from a pile of pictures to a training set: ingest, filter, label, score, mix, export
 benchmark scorers against people (aesthetic); LongText-Bench and GenEval from OCR text and detections
 """
 
@@ -54,6 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     adviser.add_argument("--card", help="ask about another card: 'RTX 3060 12 GB', ...; any other name lists them")
     _add_lora_commands(commands)
     _add_benchmark_commands(commands)
+    _add_curate_commands(commands)
     args = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     try:
@@ -294,6 +296,21 @@ def _benchmark(args: argparse.Namespace) -> int:
     return 0
 
 
+# --- curation -----------------------------------------------------------------------------------------------
+
+
+def _add_curate_commands(commands: Any) -> None:
+    from .curation.commands import add_commands
+
+    add_commands(commands.add_parser("curate", help="from a pile of pictures to a training set"))
+
+
+def _curate(args: argparse.Namespace) -> int:
+    for line in args.run(args):
+        print(line, flush=True)
+    return 0
+
+
 def _open_scorer(name: str, device: str | None) -> Any:
     import torch
 
@@ -318,6 +335,7 @@ def _open_scorer(name: str, device: str | None) -> Any:
 _COMMANDS = {
     "adviser": _adviser,
     "benchmark": _benchmark,
+    "curate": _curate,
     "train": _train,
     "status": _status,
     "stop": _stop,

@@ -58,6 +58,8 @@ LEVELS = [
     {"curation.workers"},
     {"curation.engines"},
     {"training.adapters", "training.blocks", "training.objectives", "training.dataset"},
+    {"curation.sources"},
+    {"curation.ingest", "curation.filters"},
     {"training.pairs", "training.prompts", "training.distillation"},
     {"training.buckets"},
     {"training.base", "training.caching", "training.recipe", "training.optimisers"},
@@ -77,6 +79,7 @@ LEVELS = [
     {"curation.categories"},
     {"curation.builtin_labels"},
     {"evaluation.distances", "evaluation.prompt_sets", "evaluation.features"},
+    {"curation.commands"},
     {"cli"},
 ]
 

@@ -14,6 +14,7 @@ starts at its manifest's folder; `read_rows` makes it whole.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import logging
@@ -53,6 +54,20 @@ class Manifest:
 
     def __len__(self) -> int:
         return count_rows(self.path)
+
+    def next(self, stage: str, key: str) -> Path:
+        """Where the manifest of a stage that follows this one goes: `<NN>_<stage>_<hash>.jsonl` beside it.
+
+        The hash is of this file's name and the stage's key, so that two branches of a graph have files of their own,
+        and going back to earlier settings finds what was made with them.
+        """
+        number = self.path.name.partition("_")[0]
+        return self.path.with_name(step_name(int(number) + 1 if number.isdecimal() else 1, stage, self.path.name, key))
+
+
+def step_name(number: int, stage: str, *of: str) -> str:
+    """The file name of step `number` of a run, with a hash of everything it follows from."""
+    return f"{number:02d}_{stage}_{hashlib.sha256(json.dumps(of).encode()).hexdigest()[:6]}.jsonl"
 
 
 # --- rows -----------------------------------------------------------------------------------------------------

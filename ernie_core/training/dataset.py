@@ -86,14 +86,21 @@ def read_dataset(
     """
     path = Path(path).expanduser()
     options = options or DatasetOptions()
-    if format not in get_args(Format):
-        raise ErnieError(f"format must be one of {', '.join(get_args(Format))}; got {format!r}.")
-    if not path.exists():
-        raise ErnieError(f"there is no file or folder {path}.")
-    chosen = detect_format(path) if format == "auto" else format
-    _check_kind(path, chosen)
+    chosen = _choose_format(path, format)
     if chosen == "manifest":
         return read_manifest(path / "manifest.jsonl" if path.is_dir() else path, on_progress=on_progress)
+    return finish(path, find_items(path, chosen, options), options, on_progress)
+
+
+def find_items(path: Path | str, format: Format = "auto", options: DatasetOptions | None = None) -> Findings:
+    """What `read_dataset` would decode: the items that a folder or a foreign file names, and what is wrong with it.
+
+    Raises:
+        ErnieError: nothing there, an unknown format, or a manifest (which names items that were decoded already).
+    """
+    path = Path(path).expanduser()
+    options = options or DatasetOptions()
+    chosen = _choose_format(path, format)
     found = Findings()
     if chosen == "folder":
         _read_folder(path, found, options, Item(image=path), recursive=True)
@@ -103,9 +110,21 @@ def read_dataset(
         _read_toml(path, found, options)
     elif chosen == "aitoolkit":
         _read_aitoolkit(path, found, options)
-    else:
+    elif chosen == "metadata":
         _read_metadata(path, found, options)
-    return finish(path, found, options, on_progress)
+    else:
+        raise ErnieError(f"{path} is a manifest; read it with read_manifest.")
+    return found
+
+
+def _choose_format(path: Path, format: Format) -> Format:
+    if format not in get_args(Format):
+        raise ErnieError(f"format must be one of {', '.join(get_args(Format))}; got {format!r}.")
+    if not path.exists():
+        raise ErnieError(f"there is no file or folder {path}.")
+    chosen = detect_format(path) if format == "auto" else format
+    _check_kind(path, chosen)
+    return chosen
 
 
 def detect_format(path: Path) -> Format:
@@ -642,7 +661,7 @@ def _read_aitoolkit_block(
 
 # --- metadata tables ------------------------------------------------------------------------------------------
 
-_IMAGE_KEYS = ("image", "file_name", "image_path", "image_file", "file", "path", "filename")
+IMAGE_KEYS = ("image", "file_name", "image_path", "image_file", "file", "path", "filename")
 
 
 _ITEM_KEYS = (
@@ -715,15 +734,15 @@ def _read_rows(table: Path, found: Findings, options: DatasetOptions, like: Item
 def _item_from_row(row: Mapping[str, Any], base: Path, like: Item) -> tuple[Item, set[str]]:
     """(item, keys that mean nothing) of one row of a table."""
     row = {str(k).strip(): v for k, v in row.items() if v is not None}
-    images = [key for key in row if key.lower() in _IMAGE_KEYS]
+    images = [key for key in row if key.lower() in IMAGE_KEYS]
     if not images:
         raise ErnieError(
-            f"it names no picture: expected one of {', '.join(_IMAGE_KEYS)}, got {', '.join(row) or 'nothing'}"
+            f"it names no picture: expected one of {', '.join(IMAGE_KEYS)}, got {', '.join(row) or 'nothing'}"
         )
     image = base / Path(str(row[images[0]])).expanduser()
     if not image.is_file():
         raise ErnieError(f"there is no picture {image}")
-    captions, used = captions_from_values({k: v for k, v in row.items() if k.lower() not in _IMAGE_KEYS})
+    captions, used = captions_from_values({k: v for k, v in row.items() if k.lower() not in IMAGE_KEYS})
     values: dict[str, Any] = {}
     for key in _ITEM_KEYS:
         if key in row:

@@ -48,6 +48,10 @@ class LoadedImage:
     """uint8, 255 = opaque; None where the file has no transparency, or none that shows."""
     notes: tuple[str, ...]
     """What was done to it, for people."""
+    format: str
+    """What the bytes are, as Pillow names it: PNG, JPEG, ..."""
+    orientation: int
+    """EXIF tag 274 of the file, 1 to 8; 1 = it lay upright."""
 
     @property
     def width(self) -> int:
@@ -86,20 +90,21 @@ def load_image(source: Path | str | bytes, *, matte: tuple[int, int, int] = (255
                 file.seek(0)
                 file.load()
                 image, alpha = _to_srgb(file, notes)
-                image, alpha = _upright(image, alpha, file, notes)
+                orientation = _read_orientation(file, notes)
+                image, alpha = _upright(image, alpha, orientation)
+                kind = file.format or ""
     except ErnieError as e:
         raise ErnieError(f"{name} {e}") from e
     except DECODE_ERRORS as e:
         raise ErnieError(f"{name} cannot be decoded ({_reason(e)}).") from e
     rgb_HWC = np.asarray(image, dtype=np.uint8)
-    if alpha is None:
-        return LoadedImage(rgb_HWC=rgb_HWC, alpha_HW=None, notes=tuple(notes))
-    alpha_HW = np.asarray(alpha, dtype=np.uint8)
-    if alpha_HW.min() == 255:
-        return LoadedImage(rgb_HWC=rgb_HWC, alpha_HW=None, notes=tuple(notes))
+    alpha_HW = None if alpha is None else np.asarray(alpha, dtype=np.uint8)
+    facts: dict[str, Any] = {"notes": tuple(notes), "format": kind, "orientation": orientation}
+    if alpha_HW is None or alpha_HW.min() == 255:
+        return LoadedImage(rgb_HWC=rgb_HWC, alpha_HW=None, **facts)
     weight = alpha_HW[..., None].astype(np.float32) / 255
     flat = rgb_HWC * weight + np.asarray(matte, dtype=np.float32) * (1 - weight)
-    return LoadedImage(rgb_HWC=np.rint(flat).astype(np.uint8), alpha_HW=alpha_HW, notes=tuple(notes))
+    return LoadedImage(rgb_HWC=np.rint(flat).astype(np.uint8), alpha_HW=alpha_HW, **facts)
 
 
 def load_mask(path: Path) -> np.ndarray:
@@ -180,15 +185,18 @@ def _apply_profile(image: Image.Image, profile: bytes, notes: list[str]) -> Imag
     return image if converted is None else converted
 
 
-def _upright(
-    image: Image.Image, alpha: Image.Image | None, file: Image.Image, notes: list[str]
-) -> tuple[Image.Image, Image.Image | None]:
+def _read_orientation(file: Image.Image, notes: list[str]) -> int:
+    """EXIF tag 274, 1 where there is none or none that is known."""
     try:
-        orientation = file.getexif().get(0x0112, 1)  # EXIF tag 274, Orientation
+        orientation = file.getexif().get(0x0112, 1)
     except DECODE_ERRORS as e:
         notes.append(f"has EXIF data that cannot be read ({_reason(e)}); not rotated")
-        return image, alpha
-    if orientation not in range(2, 9):
+        return 1
+    return orientation if orientation in range(2, 9) else 1
+
+
+def _upright(image: Image.Image, alpha: Image.Image | None, orientation: int) -> tuple[Image.Image, Image.Image | None]:
+    if orientation == 1:
         return image, alpha
 
     def turn(picture: Image.Image) -> Image.Image:

@@ -2,6 +2,7 @@
 
 import io
 import struct
+import tarfile
 import zlib
 
 import numpy as np
@@ -163,3 +164,66 @@ def write_pictures(folder, sizes, *, captions=True, seed=0):
         if captions:
             (folder / f"{i}.txt").write_text(f"caption {i}", encoding="utf-8")
     return folder
+
+
+def tar_of(members):
+    """The bytes of a tar with (name, data) members; names may come twice."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+def png_of(seed, width=WIDTH, height=HEIGHT):
+    """A small PNG that no other seed gives."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (height // 4, width // 4, 3), dtype=np.uint8)
+    return encode(Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC))
+
+
+def write_pile(folder, count, *, seed=0):
+    """`count` files in every state that files are found in; returns {path: whether its picture can be used}.
+
+    Good ones among them are odd too: CMYK, 16 bit, animated, turned by EXIF, wrong suffixes, names in any script.
+    """
+    good = {
+        "plain.png": lambda n: png_of(n),
+        "jpeg.jpg": lambda n: encode(Image.open(io.BytesIO(png_of(n))), "JPEG", quality=90),
+        "turned.jpg": lambda n: oriented(n % 8 + 1, "JPEG"),
+        "cmyk.jpg": lambda n: cmyk(),
+        "sixteen.png": lambda n: sixteen_bit(n % 65536),
+        "animated.gif": lambda n: animated(),
+        "alpha.png": lambda n: with_alpha("RGBA"),
+        "palette.png": lambda n: with_alpha("P"),
+        "profiled.png": lambda n: profiled(),
+        "is a png.jpg": lambda n: png_of(n),
+        "no suffix": lambda n: png_of(n),
+        "\u732b\u3068\u72ac \U0001f98a.png": lambda n: png_of(n),
+        "quote'\"\\ new\nline.png": lambda n: png_of(n),
+        "trailing. .PNG": lambda n: png_of(n),
+        "# hash 100%.png": lambda n: png_of(n),
+    }
+    bad = {
+        **{name: lambda n, data=data: data for name, data in BROKEN.items()},
+        "text as.png": lambda n: f"just words {n}".encode(),
+        "zeros.png": lambda n: bytes(n % 5000),
+        "tiny.png": lambda n: png_of(n, 8, 8),
+        "words.docx": lambda n: b"PK\3\4" + bytes(n % 100),
+        "film.mp4": lambda n: b"\0\0\0\x18ftypmp42" + bytes(n % 300),
+        "raw.heic": lambda n: b"\0\0\0\x18ftypheic" + bytes(n % 300),
+        "cut later.png": lambda n: png_of(n)[: -20 - n % 200],
+        "flipped bit.png": lambda n: bytes(b ^ (i == 60) for i, b in enumerate(png_of(n))),
+        "lonely.txt": lambda n: b"a caption without a picture",
+    }
+    generator = np.random.default_rng(seed)
+    expected = {}
+    for number in range(count):
+        kinds = good if generator.random() < 0.4 else bad
+        name = sorted(kinds)[int(generator.integers(len(kinds)))]
+        path = folder / f"{number % 7}" / f"{number:04d} {name}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(kinds[name](number))
+        expected[path] = kinds is good
+    return expected

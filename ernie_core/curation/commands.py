@@ -1,0 +1,91 @@
+"""`python -m ernie_core.cli curate STAGE SOURCE TARGET ...`: one command per stage.
+
+A command is a function that adds its arguments and sets `run`, which does the work and yields lines for people.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+from .engines import Engine
+from .filters import Filters, filter_rows
+from .ingest import ingest
+
+
+def add_commands(parser: argparse.ArgumentParser) -> None:
+    """Add a sub-command per stage; each sets `run(args) -> lines to print`."""
+    stages = parser.add_subparsers(dest="stage", required=True)
+    for add in (_add_ingest, _add_filter):
+        add(stages)
+
+
+def add_files(command: argparse.ArgumentParser) -> None:
+    """SOURCE and TARGET of a stage that goes from manifest to manifest."""
+    command.add_argument("source", type=Path, help="manifest (.jsonl or .parquet)")
+    command.add_argument("target", type=Path, help="manifest to write")
+
+
+def add_engine(command: argparse.ArgumentParser) -> None:
+    """--engine, --address, --workers: what `engine_settings` reads."""
+    command.add_argument(
+        "--engine", choices=get_args(Engine), default="here", help="this process, worker processes, or Ray Data"
+    )
+    command.add_argument("--address", default="", help="of a Ray cluster (default: one is started here)")
+    command.add_argument("--workers", type=int, default=0, help="processes (default: one per CPU)")
+
+
+def engine_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Keyword arguments of `run_stage` from the command line, with progress on standard error."""
+    return {"engine": args.engine, "address": args.address, "workers": args.workers, "on_progress": show_progress}
+
+
+def show_progress(done: int, total: int, what: str) -> None:
+    """One line that is written over itself, on a terminal only."""
+    if sys.stderr.isatty():
+        sys.stderr.write(f"\r{what}: {done} of {total}" + ("\n" if done == total else ""))
+        sys.stderr.flush()
+
+
+# --- ingest and filter ------------------------------------------------------------------------------------------
+
+
+def _add_ingest(stages: Any) -> None:
+    command = stages.add_parser("ingest", help="decode, measure and hash every picture of folders, shards or tables")
+    command.add_argument("source", type=Path, nargs="+", help="folders, .tar shards, tables, other trainers' files")
+    command.add_argument("target", type=Path, help="manifest to write (.jsonl or .parquet)")
+    add_engine(command)
+    command.set_defaults(run=_ingest)
+
+
+def _ingest(args: argparse.Namespace) -> Iterator[str]:
+    yield str(ingest(args.source, args.target, **engine_settings(args)))
+
+
+def _add_filter(stages: Any) -> None:
+    command = stages.add_parser("filter", help="take out what is too small, too long, or there twice")
+    add_files(command)
+    command.add_argument("--min-side", type=int, default=0, metavar="PX", help="of the shorter side")
+    command.add_argument("--max-side", type=int, default=0, metavar="PX", help="of the longer side")
+    command.add_argument("--min-pixels", type=int, default=0, help="width times height")
+    command.add_argument("--max-aspect", type=float, default=0.0, help="longest side ratio")
+    command.add_argument("--duplicates", action="store_true", help="keep files with the same bytes once")
+    command.add_argument(
+        "--near-bits", type=int, default=-1, help="keep pictures once whose hashes differ in no more of 128 bits (6)"
+    )
+    command.set_defaults(run=_filter)
+
+
+def _filter(args: argparse.Namespace) -> Iterator[str]:
+    filters = Filters(
+        min_side=args.min_side,
+        max_side=args.max_side,
+        min_pixels=args.min_pixels,
+        max_aspect=args.max_aspect,
+        exact=args.duplicates,
+        near_bits=args.near_bits,
+    )
+    yield str(filter_rows(args.source, args.target, filters, on_progress=show_progress))
