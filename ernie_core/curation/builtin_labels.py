@@ -25,6 +25,7 @@ from PIL import Image
 
 from ..errors import ErnieError
 from .categories import Assignment
+from .manifest import Row
 
 RULES = 1  # raise it when a change here gives other labels
 SIDE_PX = 128
@@ -128,3 +129,37 @@ def _assign(look: Look) -> Assignment:
         return Assignment(category=f"blank/{look.colour}", confidence=round(look.colour_share, 4))
     second = f"{look.kind}/{look.second_colour}" if look.second_colour else ""
     return Assignment(category=f"{look.kind}/{look.colour}", confidence=round(look.colour_share, 4), runner_up=second)
+
+
+class BuiltinCaptioner:
+    """Captions that say what was measured, in English, such as "A bright graphic, mostly white with some red"."""
+
+    def key(self) -> str:
+        return f"built-in:{RULES}"
+
+    def describe(self, rows: Sequence[Row], pictures: Sequence[Image.Image]) -> list[Row | ErnieError]:  # noqa: ARG002
+        return [_describe(measure_look(picture)) for picture in pictures]
+
+
+def _describe(look: Look) -> Row:
+    kind = {"photo": "picture", "blank": "blank picture"}.get(look.kind, look.kind)
+    colours = [look.colour, *([look.second_colour] if look.second_colour else [])]
+    mostly = "colourful" if look.colour == "colourful" else f"mostly {look.colour}"
+    some = f" with some {look.second_colour}" if look.second_colour and look.colour != "colourful" else ""
+    light = "" if look.light == "medium" else f"{look.light} "
+    short = f"A {light}{kind}, {mostly}{some}"
+    return {
+        "description": {
+            "type": kind,
+            "style": ", ".join([*colours, f"{look.light} light"]),
+            "layout": f"{look.format} format",
+        },
+        "captions": {
+            "long": f"{short}, in {look.format} format.",
+            "medium": f"{short}.",
+            "short": f"{short}.",
+            "tags": ", ".join([kind, *colours, look.light, look.format]),
+            "prompt": f"{mostly.removeprefix('mostly ')} {kind}",
+        },
+        "caption_notes": ["measured on the pixels: no object is named"],
+    }

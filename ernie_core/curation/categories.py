@@ -11,7 +11,8 @@ The walk down the tree keeps the `beam` best places per level; 0 keeps all, whic
 all leaves. Every sentence is compared with every picture in any case: for 10,000 leaves that is one small matrix
 product, cheaper than choosing which to compare (bench/CURATION.md).
 
-By a vision-language model (`LanguageCategoriser` in `captions`), or by measures of the pixels (`builtin_labels`).
+By a vision-language model (`asked_categories`), by measures of the pixels (`builtin_labels`), or by a function of
+your own (`own_labels`).
 
 Shape letters: B pictures, N categories, D features.
 """

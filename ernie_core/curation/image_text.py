@@ -120,7 +120,7 @@ def _load_auto(folder: Path, precision: Precision, device: str | None, place: Pl
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as e:
         raise CheckpointError(
             f"{folder} cannot be loaded as a model that compares pictures with sentences (CLIP, SigLIP, SigLIP 2): "
-            f"{str(e).splitlines()[0] if str(e) else type(e).__name__}"
+            f"{first_line(e)}"
         ) from e
     if not all(hasattr(network, name) for name in ("get_image_features", "get_text_features", "logit_scale")):
         raise CheckpointError(
@@ -129,6 +129,11 @@ def _load_auto(folder: Path, precision: Precision, device: str | None, place: Pl
         )
     network.eval().requires_grad_(False)
     return _Auto(network if device is None else network.to(device), processor, place)
+
+
+def first_line(error: Exception) -> str:
+    """The first line of a message that has something in it; the error's kind where there is none."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 class _Clip:

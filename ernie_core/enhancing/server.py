@@ -1,4 +1,6 @@
-"""Detailed prompts from the user's own server that speaks OpenAI's chat API (llama.cpp, vLLM, Ollama, LM Studio...).
+"""Answers from the user's own server that speaks OpenAI's chat API (llama.cpp, vLLM, Ollama, LM Studio...).
+
+`ServerEnhancer` asks it for detailed prompts, `curation.vision_language` about pictures.
 
 Only the standard library; nothing is sent anywhere but to the address given, and only when texts are asked for. The
 key comes from an environment variable and appears in no message, no cache and no file. Redirects are not followed: they
@@ -18,7 +20,8 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ..errors import ErnieError
@@ -35,8 +38,27 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
         return None
 
 
-class ServerEnhancer:
-    """Stands where a loaded enhancer does: same `enhance_variants`, same `fingerprint`."""
+class ServerRefused(ErnieError):
+    """The server said no, or cannot be reached; `status` is its HTTP code, 0 where there was none."""
+
+    def __init__(self, message: str, status: int = 0):
+        super().__init__(message)
+        self.status = status
+
+
+@dataclass
+class Ending:
+    """How an answer ended; filled in while it is read."""
+
+    reason: str | None = None
+    """Why: "stop", "length" (cut at its limit of tokens), ...; None = the server did not say."""
+    tokens_in: int | None = None
+    tokens_out: int | None = None
+    """What the server counted; None = it did not say."""
+
+
+class ChatServer:
+    """A server, the model on it, and the key's place."""
 
     def __init__(
         self,
@@ -94,69 +116,40 @@ class ServerEnhancer:
         """Changes with the address and the model's name; what lies behind them is the server's."""
         return f"{self.url} {self.model}"
 
-    def enhance_variants(
-        self,
-        prompt: str,
-        width: int,
-        height: int,
-        *,
-        seeds: Sequence[int],
-        system: str | None = None,
-        on_token: Callable[[int, str], None] | None = None,
-        **settings: Any,
-    ) -> list[str]:
-        """Detailed prompts, one per seed, one after the other; the arguments of `Enhancer.enhance_variants`.
+    def ask(self, messages: Sequence[Mapping[str, Any]], **settings: Any) -> tuple[str, Ending]:
+        """The whole answer to a conversation, what the model thought to itself left out, and how it ended.
 
-        Returns `prompt` itself, with a warning, where the model had nothing to say.
+        `settings` go into the request as they are: max_tokens, temperature, seed, ...
 
         Raises:
-            ErnieError: the server refuses, cannot be reached, stays silent or answers something else than chat.
+            ServerRefused: it refuses or cannot be reached, also when asked again.
+            ErnieError: it stays silent, or answers something else than chat.
         """
-        from ..model.enhancer import default_system_prompt
+        ending = Ending()
+        body = {"model": self.model, "stream": True, "stream_options": {"include_usage": True}, "messages": messages}
+        text = "".join(self._answer({**body, **settings}, ending))
+        return _without_thoughts(text), ending
 
-        user = json.dumps({"prompt": prompt, "width": int(width), "height": int(height)}, ensure_ascii=False)
-        body = {
-            "model": self.model,
-            "stream": True,
-            "messages": [
-                {"role": "system", "content": default_system_prompt() if system is None else system},
-                {"role": "user", "content": user},
-            ],
-            "max_tokens": settings["max_new_tokens"],
-            **{name: settings[name] for name in ("temperature", "top_p")},
-            **{name: settings[name] for name, off in NEUTRAL.items() if settings.get(name, off) != off},
-        }
-        texts: list[str] = []
-        for row, seed in enumerate(seeds):
-            text = ""
-            for piece in self._answer(body | {"seed": seed % 2**31}):  # servers hold it in 32 bits
-                text += piece
-                if on_token is not None:
-                    on_token(row, text)
-            text = re.sub(r"^\s*<think>.*?</think>", "", text, flags=re.DOTALL).strip()
-            if not text:
-                logger.warning("the enhancer answered nothing; the original prompt is used")
-            texts.append(text or prompt)
-        return texts
-
-    def _answer(self, body: dict[str, Any]) -> Iterator[str]:
+    def _answer(self, body: dict[str, Any], ending: Ending | None = None) -> Iterator[str]:
         """Pieces of one answer; asked again only while nothing of it has come."""
         for attempt in range(self.retries + 1):
             try:
-                yield from _pieces(self._lines(body))
+                yield from _pieces(self._lines(body), ending or Ending())
                 return
             except urllib.error.HTTPError as e:
                 if (e.code != 429 and e.code < 500) or attempt == self.retries:
-                    raise ErnieError(f"the server answered {e.code} {e.reason}: {self._excerpt(e)}") from None
+                    raise ServerRefused(
+                        f"the server answered {e.code} {e.reason}: {self._excerpt(e)}", status=e.code
+                    ) from None
                 wait = _seconds(e.headers.get("Retry-After")) or 2.0**attempt
             except urllib.error.URLError as e:
                 if attempt == self.retries:
-                    raise ErnieError(f"the server at {self.url} cannot be reached: {e.reason}.") from None
+                    raise ServerRefused(f"the server at {self.url} cannot be reached: {e.reason}.", status=0) from None
                 wait = 2.0**attempt
             logger.warning("the server is busy or away: asked again in %g s", wait)
-            self._wait(min(wait, 60.0))
+            self.wait(min(wait, 60.0))
 
-    def _wait(self, seconds: float) -> None:
+    def wait(self, seconds: float) -> None:
         while seconds > 0:
             self.check()
             self.sleep(min(seconds, POLL_S))
@@ -214,6 +207,59 @@ class ServerEnhancer:
             stopped.set()
 
 
+class ServerEnhancer(ChatServer):
+    """Stands where a loaded enhancer does: same `enhance_variants`, same `fingerprint`."""
+
+    def enhance_variants(
+        self,
+        prompt: str,
+        width: int,
+        height: int,
+        *,
+        seeds: Sequence[int],
+        system: str | None = None,
+        on_token: Callable[[int, str], None] | None = None,
+        **settings: Any,
+    ) -> list[str]:
+        """Detailed prompts, one per seed, one after the other; the arguments of `Enhancer.enhance_variants`.
+
+        Returns `prompt` itself, with a warning, where the model had nothing to say.
+
+        Raises:
+            ErnieError: the server refuses, cannot be reached, stays silent or answers something else than chat.
+        """
+        from ..model.enhancer import default_system_prompt
+
+        user = json.dumps({"prompt": prompt, "width": int(width), "height": int(height)}, ensure_ascii=False)
+        body = {
+            "model": self.model,
+            "stream": True,
+            "messages": [
+                {"role": "system", "content": default_system_prompt() if system is None else system},
+                {"role": "user", "content": user},
+            ],
+            "max_tokens": settings["max_new_tokens"],
+            **{name: settings[name] for name in ("temperature", "top_p")},
+            **{name: settings[name] for name, off in NEUTRAL.items() if settings.get(name, off) != off},
+        }
+        texts: list[str] = []
+        for row, seed in enumerate(seeds):
+            text = ""
+            for piece in self._answer(body | {"seed": seed % 2**31}):  # servers hold it in 32 bits
+                text += piece
+                if on_token is not None:
+                    on_token(row, text)
+            text = _without_thoughts(text)
+            if not text:
+                logger.warning("the enhancer answered nothing; the original prompt is used")
+            texts.append(text or prompt)
+        return texts
+
+
+def _without_thoughts(text: str) -> str:
+    return re.sub(r"^\s*<think>.*?</think>", "", text, flags=re.DOTALL).strip()
+
+
 def _seconds(header: str | None) -> float:
     try:
         return max(float(header or 0), 0.0)
@@ -221,7 +267,7 @@ def _seconds(header: str | None) -> float:
         return 0.0
 
 
-def _pieces(lines: Iterator[str]) -> Iterator[str]:
+def _pieces(lines: Iterator[str], ending: Ending) -> Iterator[str]:
     """Text pieces of a reply: server-sent events, or one JSON object from a server that does not stream."""
     whole: list[str] = []
     finished = False
@@ -236,12 +282,12 @@ def _pieces(lines: Iterator[str]) -> Iterator[str]:
         if data == "[DONE]":
             finished = True
             break
-        text, reason = _content(data, "delta")
-        finished = finished or reason is not None
+        text = _content(data, "delta", ending)
+        finished = finished or ending.reason is not None
         if text:
             yield text
     if whole:
-        text, _ = _content("\n".join(whole), "message")
+        text = _content("\n".join(whole), "message", ending)
         finished = True
         if text:
             yield text
@@ -249,16 +295,20 @@ def _pieces(lines: Iterator[str]) -> Iterator[str]:
         raise ErnieError("the server's answer ended before it was finished: ask again.")
 
 
-def _content(data: str, part: str) -> tuple[str, str | None]:
-    """(text, why it ended or None) of one event or reply."""
+def _content(data: str, part: str, ending: Ending) -> str:
+    """Text of one event or reply; what it says of the end is noted in `ending`."""
     try:
         reply = json.loads(data)
         if reply.get("error"):
             raise ErnieError(f"the server reports: {str(reply['error'])[:300]}")
+        usage = reply.get("usage") or {}
+        ending.tokens_in = usage.get("prompt_tokens", ending.tokens_in)
+        ending.tokens_out = usage.get("completion_tokens", ending.tokens_out)
         if not reply["choices"]:  # an event with usage figures only
-            return "", None
+            return ""
         choice = reply["choices"][0]
         text, reason = (choice.get(part) or {}).get("content") or "", choice.get("finish_reason")
+        ending.reason = reason or ending.reason
         if not isinstance(text, str):
             raise TypeError("content is no text")
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as e:
@@ -266,5 +316,5 @@ def _content(data: str, part: str) -> tuple[str, str | None]:
             raise
         raise ErnieError(f"the server's answer is not that of a chat API: {data[:200]!r}") from e
     if reason == "length":
-        logger.warning("the server cut the enhanced prompt at its limit of tokens")
-    return text, reason
+        logger.warning("the server cut its answer at the limit of tokens")
+    return text

@@ -137,11 +137,11 @@ def _answer(request: Request, text: str, tries: int) -> Answer:
         notes.append(f"{shown} {done}")
         logger.warning("the enhancer lost quoted text of the prompt: %s, %s", shown, done)
         if request.quotes == "append":
-            text = " ".join([text, *(_shown(part, text) for part in lost)])
+            text = " ".join([text, *(shown_sentence(part, text) for part in lost)])
     return Answer(text=text, notes=tuple(notes))
 
 
-def _shown(part: str, text: str) -> str:
+def shown_sentence(part: str, text: str) -> str:
     """A sentence, in the language of `text`, that has the picture show `part`."""
     is_chinese = len(re.findall("[\u4e00-\u9fff]", text)) > len(text) / 4
     marks = "\u201c\u201d" if '"' in part else '""'

@@ -1,174 +1,283 @@
-"""Captions are drawn by seed and sample number alone; every text that can be drawn is known ahead."""
+"""Captions: what is asked, what becomes of answers, tries and failures, and the stage; and categories by asking."""
 
-import math
-from collections import Counter
-from dataclasses import dataclass
+import json
+import pickle
 
+import numpy as np
 import pytest
+from ernie_pack.ernie_core.curation.answers import LENGTHS
+from ernie_pack.ernie_core.curation.asked_categories import LanguageCategoriser
+from ernie_pack.ernie_core.curation.builtin_labels import BuiltinCaptioner
+from ernie_pack.ernie_core.curation.captions import Captions, LanguageCaptioner, best_text, report
+from ernie_pack.ernie_core.curation.categories import Assignment, Categories
+from ernie_pack.ernie_core.curation.engines import run_stage
+from ernie_pack.ernie_core.curation.manifest import read_rows, write_rows
+from ernie_pack.ernie_core.curation.own_labels import OwnLabels
+from ernie_pack.ernie_core.curation.taxonomy import parse_taxonomy
+from ernie_pack.ernie_core.curation.vision_language import LimitReached, LocalWriter
 from ernie_pack.ernie_core.errors import ErnieError
-from ernie_pack.ernie_core.model.text_encoder import Tokenizer
-from ernie_pack.ernie_core.training.captions import (
-    Caption,
-    CaptionRules,
-    all_texts,
-    apply_trigger,
-    draw_caption,
-    draw_uniform,
-    keyword_columns,
-    shuffle_tags,
-)
-from ernie_pack.ernie_core.training.items import DatasetOptions
-from tiny_text import tekken_bytes
+from ernie_pack.tiny.scenes import all_scenes, canonical_caption, draw
+from PIL import Image
+from tiny_image_text import write_vlm_folder
 
-NO_RULES = CaptionRules()
-
-
-@dataclass(frozen=True)
-class Entry:
-    captions: tuple = ()
-    rules: CaptionRules = NO_RULES
+PICTURE = Image.new("RGB", (8, 8))
+GOOD = {
+    "type": "poster",
+    "text": ["SALE", "\u5168\u573a"],
+    "entities": ["Rome"],
+    "long": 'A poster with "SALE" and "\u5168\u573a" on it.',
+    "medium": 'A poster, "SALE", "\u5168\u573a".',
+    "short": "A poster.",
+    "tags": ["poster", "sale"],
+    "prompt": "sale poster",
+}
 
 
-ENTRY = Entry(
-    (
-        *(Caption("caption", "red apple, on a table, photo, 4k, still life"), Caption("caption", "an apple")),
-        *(Caption("keyword", "apple, red"), Caption("sentence", "A red apple lies there, alone, at night.")),
-    )
-)
+class Told:
+    """A writer that answers as told, one list of answers per call; the last one repeats."""
+
+    def __init__(self, *calls):
+        self.calls, self.asked = list(calls), []
+
+    def key(self):
+        return "told"
+
+    def write(self, questions, *, seeds, temperature, max_tokens):
+        self.asked.append(([q.text for q in questions], list(seeds), temperature, max_tokens))
+        answers = self.calls.pop(0) if len(self.calls) > 1 else self.calls[0]
+        assert len(answers) == len(questions)
+        return [json.dumps(a) if isinstance(a, dict) else a for a in answers]
 
 
-def draws(entry, count=4000, seed=0, **options):
-    rules = CaptionRules(**{k: options.pop(k) for k in list(options) if k in CaptionRules.__dataclass_fields__})
-    options = DatasetOptions(rules=rules, **options)
-    return Counter(draw_caption(entry, options, seed=seed, number=n) for n in range(count)), options
+def describe(*calls, rows=None, **options):
+    writer = Told(*calls)
+    rows = rows or [{"id": str(i)} for i in range(len(calls[0]))]
+    return LanguageCaptioner(writer, **options).describe(rows, [PICTURE] * len(rows)), writer
 
 
-def test_drawing_is_a_function_of_seed_and_number():
-    options = DatasetOptions(rules=CaptionRules(shuffle=True, dropout=0.2))
-
-    def run(seed, numbers):
-        return {n: draw_caption(ENTRY, options, seed=seed, number=n) for n in numbers}
-
-    forward = run(3, range(50))
-    assert run(3, reversed(range(50))) == forward
-    assert run(4, range(50)) != forward
-
-
-def test_a_draw_never_changes_between_versions():
-    """Golden: BLAKE2b of the key; a resumed run depends on it."""
-    assert draw_uniform("dropout", 0, 0) == 0.09009033039914771
-    assert shuffle_tags("a, b, c, d, e", 1) == "c, d, b, a, e"
-
-
-@pytest.mark.parametrize("dropout", [0.05, 0.3])
-def test_dropout_gives_the_empty_prompt_at_its_rate(dropout):
-    counts, _ = draws(ENTRY, dropout=dropout)
-    assert abs(counts[""] / 4000 - dropout) < 4 * math.sqrt(dropout * (1 - dropout) / 4000)
-
-
-def test_without_dropout_the_empty_prompt_is_never_drawn_and_with_1_always():
-    assert draws(ENTRY)[0][""] == 0
-    assert set(draws(ENTRY, dropout=1.0)[0]) == {""}
-
-
-def test_styles_are_drawn_by_their_weights():
-    counts, _ = draws(ENTRY, styles=(("keyword", 1.0), ("sentence", 3.0), ("unknown", 5.0)))
-    assert set(counts) == {"apple, red", "A red apple lies there, alone, at night."}
-    assert abs(counts["apple, red"] / 4000 - 0.25) < 4 * math.sqrt(0.25 * 0.75 / 4000)
-
-
-def test_without_a_mix_all_styles_come_alike_and_captions_of_a_style_too():
-    counts, _ = draws(ENTRY)
-    for text, share in (("apple, red", 1 / 3), ("an apple", 1 / 6)):
-        assert abs(counts[text] / 4000 - share) < 4 * math.sqrt(share * (1 - share) / 4000)
-
-
-def test_a_mix_that_names_none_of_the_styles_leaves_all():
-    assert set(draws(ENTRY, styles=(("other", 1.0),))[0]) == set(draws(ENTRY)[0])
-
-
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"shuffle": True}, {"shuffle": True, "keep_tokens": 1, "dropout": 0.1, "trigger": "sks"}, {"dropout": 1.0}],
-    ids=["plain", "shuffle", "all", "dropped"],
-)
-@pytest.mark.parametrize("styles", [(), (("keyword", 1.0), ("sentence", 0.0))])
-def test_the_texts_known_ahead_are_exactly_those_that_can_be_drawn(options, styles):
-    counts, made = draws(ENTRY, styles=styles, **options)
-    assert set(all_texts([ENTRY], made)) == set(counts) | {""}
-    assert all_texts([ENTRY], made)[0] == ""
-
-
-def test_shuffling_keeps_the_tags_the_first_ones_and_every_sentence():
-    counts, _ = draws(ENTRY, shuffle=True, keep_tokens=2, shuffle_variants=3)
-    orders = [text for text in counts if "4k" in text]
-    assert 1 < len(orders) <= 3
-    assert all(text.startswith("red apple, on a table, ") for text in orders)
-    assert {tuple(sorted(text.split(", "))) for text in orders} == {
-        ("4k", "on a table", "photo", "red apple", "still life")
+def test_a_good_answer_becomes_columns_as_it_is():
+    (found,), writer = describe([GOOD])
+    assert found == {
+        "description": {"type": "poster", "entities": ["Rome"], "text": ["SALE", "\u5168\u573a"]},
+        "captions": {k: GOOD[k] if k != "tags" else "poster, sale" for k in LENGTHS},
+        "caption_notes": [],
     }
-    assert "A red apple lies there, alone, at night." in counts
+    assert len(writer.asked) == 1
 
 
-def test_a_separator_of_ones_own():
-    assert sorted(shuffle_tags("a, b; c ;; d", 0, separator=";").split("; ")) == ["a, b", "c", "d"]
+def test_only_what_was_lost_is_asked_again_warmer_and_with_another_seed():
+    lost = GOOD | {"long": "A poster with SALE on it."}
+    found, writer = describe([GOOD, lost, "nothing"], [GOOD, "nothing"], [GOOD])
+    assert found == [found[0]] * 3
+    assert [len(texts) for texts, *_ in writer.asked] == [3, 2, 1]
+    assert [t for *_, t, _ in writer.asked] == [0.0, 0.7, 0.7]
+    assert len({seed for _, seeds, *_ in writer.asked for seed in seeds}) == 6
+
+
+def test_text_that_stays_lost_is_added_in_quotes_and_noted():
+    lost = GOOD | {"long": "A poster with 'SALE'.", "medium": "A poster."}
+    (found,), writer = describe([lost])
+    assert len(writer.asked) == 3
+    assert found["captions"]["long"].startswith("A poster with 'SALE'. ")
+    assert '"\u5168\u573a"' in found["captions"]["long"]
+    assert '"SALE"' in found["captions"]["medium"]
+    assert len(found["caption_notes"]) == 3
+    assert found["captions"]["short"] == GOOD["short"]
+
+
+def test_of_several_tries_the_one_with_fewest_faults_is_kept():
+    worse = {"long": GOOD["long"], "text": GOOD["text"]}
+    better = {k: v for k, v in GOOD.items() if k != "tags"}
+    (found,), _ = describe([worse], [better], [worse])
+    assert found["captions"].keys() == set(LENGTHS) - {"tags"}
+    assert found["caption_notes"] == ["no tags caption"]
+
+
+def test_an_answer_that_cannot_be_read_fails_its_row_with_what_it_said():
+    (good, bad), _ = describe([GOOD, "I think it is a fox"], ["I think it is a fox"])
+    assert good["captions"]
+    assert isinstance(bad, ErnieError)
+    assert "no JSON object: 'I think it is a fox'" in str(bad)
+
+
+def test_what_the_writer_gave_up_is_not_asked_again():
+    found, writer = describe([GOOD, LimitReached("not asked: 3")])
+    assert str(found[1]) == "not asked: 3"
+    assert len(writer.asked) == 1
+
+
+def test_the_question_names_what_is_asked_for():
+    writer = Told([GOOD])
+    everything = LanguageCaptioner(writer).question({})
+    assert all(f'"{name}"' in everything for name in (*LENGTHS, "type", "entities", "text"))
+    some = LanguageCaptioner(writer, lengths=["short"], language="Chinese", instruction="Mind the hats.")
+    assert '"long"' not in some.question({})
+    assert "Chinese" in some.question({})
+    assert some.question({}).endswith("Mind the hats.")
+    row = {"caption": "my dog", "category": "animals/dog"}
+    assert "my dog" not in some.question(row)
+    hinted = LanguageCaptioner(writer, hints=True)
+    assert "my dog" in hinted.question(row)
+    assert "animals/dog" in hinted.question(row)
+    assert hinted.question({}) == everything
+
+
+def test_lengths_that_were_not_asked_for_are_left_out():
+    (found,), _ = describe([GOOD], lengths=["short", "tags"])
+    assert found["captions"].keys() == {"short", "tags"}
+
+
+def test_the_plain_form_takes_a_paragraph_and_no_apology():
+    (good, bad, empty), _ = describe(
+        ['A shop\nwith "OPEN".', "I'm sorry, but no.", ""], ["I'm sorry, but no.", ""], form="plain", lengths=["long"]
+    )
+    assert good["captions"] == {"long": 'A shop with "OPEN".'}
+    assert good["description"] == {"text": ["OPEN"]}
+    assert "refused: \"I'm sorry" in str(bad)
+    assert "empty" in str(empty)
+
+
+def test_the_key_changes_with_all_that_decides_the_captions():
+    settings = [
+        *({}, {"lengths": ["long"]}, {"form": "plain"}, {"language": "Chinese"}, {"hints": True}, {"retries": 0}),
+        *({"instruction": "x"}, {"temperature": 0.5}, {"max_tokens": 99}, {"seed": 1}),
+    ]
+    keys = {LanguageCaptioner(Told([GOOD]), **options).key() for options in settings}
+    assert len(keys) == len(settings)
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"),
+    ("options", "message"),
     [
-        ("a [trigger] in [trigger] style", "a sks in sks style"),
-        ("a dog", "sks, a dog"),
-        ("an SKS dog", "an SKS dog"),
-        ("", "sks"),
+        ({"lengths": ["huge"]}, "lengths must be some of long, .*got huge"),
+        ({"lengths": []}, "got none"),
+        ({"form": "x"}, "form must be one of"),
+        ({"temperature": float("nan")}, "between 0 and 2, got nan"),
+        ({"max_tokens": 0}, "max_tokens must be 1 or more"),
+        ({"retries": -1}, "retries must be 0 or more"),
+        ({"language": " "}, "language is empty"),
     ],
+    ids=["length", "none", "form", "temperature", "tokens", "retries", "language"],
 )
-def test_a_trigger_replaces_its_mark_or_goes_in_front(text, expected):
-    assert apply_trigger(text, "sks") == expected
-    assert apply_trigger(text, "") == text
-
-
-def test_the_rules_of_the_options_go_over_those_of_the_entry():
-    entry = Entry((Caption("caption", "x"),), CaptionRules(trigger="own", dropout=1.0))
-    assert draws(entry, dropout=0.0)[0] == {"own, x": 4000}
-    assert set(draws(entry, trigger="other", dropout=0.0)[0]) == {"other, x"}
-    assert set(draws(entry)[0]) == {""}
-
-
-@pytest.mark.parametrize(
-    ("rules", "message"),
-    [
-        ({"dropout": 1.5}, "between 0 and 1, got 1.5"),
-        ({"keep_tokens": -1}, "0 or more"),
-        ({"separator": " "}, "visible"),
-    ],
-)
-def test_rules_out_of_range_say_so(rules, message):
+def test_a_wrong_setting_is_named(options, message):
     with pytest.raises(ErnieError, match=message):
-        CaptionRules(**rules)
+        LanguageCaptioner(Told([GOOD]), **options)
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return Tokenizer.from_tekken(tekken_bytes())
+def test_the_fullest_text_of_a_row_is_found():
+    row = {"caption": "beside", "captions": {"tags": "t", "short": "s"}}
+    assert best_text(row) == "s"
+    assert best_text(row | {"prompt": "p"}) == "p"
+    assert best_text({"caption": "beside", "captions": {}}) == "beside"
+    assert best_text({}) == ""
 
 
-def columns(text, keywords, tokenizer):
-    """Columns by cutting the text at every token: what each token spells, read off one by one."""
-    ids = tokenizer.encode(text)
-    return [tokenizer.decode([ids[c]]) for c in keyword_columns(text, keywords, tokenizer)]
+# --- the stage --------------------------------------------------------------------------------------------------------
 
 
-def test_keyword_columns_spell_the_keywords(tokenizer):
-    assert "".join(columns("the Red apple, a redhead and red", ["red"], tokenizer)) == "Redred"
-    assert "".join(columns("the cat", ["the cat"], tokenizer)) == "the cat"
-    assert columns("the cat", ["dog", ""], tokenizer) == []
+@pytest.fixture
+def manifest(tmp_path):
+    rng = np.random.default_rng(0)
+    rows = []
+    for i, scene in enumerate(all_scenes()[::3000][:4]):
+        Image.fromarray(draw(scene, rng)).save(tmp_path / f"{i}.png")
+        rows.append({"id": str(i), "source": str(tmp_path / f"{i}.png"), "caption": canonical_caption(scene)})
+    (tmp_path / "bad.png").write_bytes(b"")
+    rows.append({"id": "bad", "source": str(tmp_path / "bad.png"), "caption": ""})
+    write_rows(tmp_path / "in.jsonl", rows)
+    return tmp_path / "in.jsonl"
 
 
-def test_keyword_columns_never_hold_the_bos_and_lie_inside_the_text(tokenizer):
-    text = "cat \U0001f431 \u732b\u306e\u7d75 cat"
-    found = keyword_columns(text, ["cat", "\u732b", "\U0001f431"], tokenizer)
-    assert 0 not in found
-    assert max(found) < len(tokenizer.encode(text))
-    # 3 + 3 letters, 4 bytes of the emoji, 3 bytes of the character that stands inside a word
-    assert len(found) == 3 + 4 + 3 + 3
+def test_a_local_models_nonsense_fails_row_by_row_and_stops_nothing(manifest, tmp_path):
+    write_vlm_folder(tmp_path / "vlm", "llava")
+    captioner = LanguageCaptioner(LocalWriter(tmp_path / "vlm"), max_tokens=6, retries=0)
+    summary = run_stage(Captions(captioner), manifest, tmp_path / "out.jsonl")
+    assert (summary.rows, summary.failed) == (5, 5)
+    text = report(list(read_rows(tmp_path / "out.jsonl")))
+    assert "0 pictures with captions" in text
+    assert text.count("no JSON object") + text.count("is empty") >= 4
+    assert "bad.png: " in text
+    plain = LanguageCaptioner(LocalWriter(tmp_path / "vlm"), max_tokens=6, retries=0, form="plain", lengths=["long"])
+    stage = pickle.loads(pickle.dumps(Captions(plain, batch_size=3)))
+    assert run_stage(stage, manifest, tmp_path / "plain.jsonl").failed == 1
+    assert report(read_rows(tmp_path / "plain.jsonl")).startswith("4 pictures with captions: 4 long")
+
+
+def test_built_in_captions_say_what_was_measured(manifest, tmp_path):
+    run_stage(Captions(BuiltinCaptioner()), manifest, tmp_path / "out.jsonl")
+    *rows, bad = read_rows(tmp_path / "out.jsonl")
+    assert "captions" in bad["failed"]
+    for row in rows:
+        assert set(row["captions"]) == set(LENGTHS)
+        assert "graphic" in row["captions"]["long"]
+        assert row["caption_notes"] == ["measured on the pixels: no object is named"]
+
+
+def test_a_function_of_ones_own_labels_drawn_scenes_as_they_were_drawn(manifest, tmp_path):
+    labels = OwnLabels("ernie_pack.tiny.labels:label")
+    run_stage(Captions(labels), manifest, tmp_path / "a.jsonl")
+    run_stage(pickle.loads(pickle.dumps(Categories(labels))), tmp_path / "a.jsonl", tmp_path / "b.jsonl")
+    *rows, bad = read_rows(tmp_path / "b.jsonl")
+    assert set(bad["failed"]) == {"captions", "categories"}
+    for row in rows:
+        assert row["captions"]["medium"] == row["caption"]
+        shape, color = row["category"].split("/")
+        assert f"{color} {shape}" in row["caption"]
+        assert row["category_confidence"] > 0.8
+
+
+def test_a_function_that_is_none_or_says_nonsense_is_named(monkeypatch):
+    from ernie_pack.tiny import labels
+
+    for name in ("ernie_pack.tiny.labels:nothing", "no_such_module:f", "label"):
+        with pytest.raises(ErnieError, match=r"package\.module:function"):
+            OwnLabels(name)
+    own = OwnLabels("ernie_pack.tiny.labels:label")
+    for said, message in (
+        (3, "must return a dict, got int"),
+        ({}, "gave no caption"),
+        ({"captions": {"x": "y"}}, "lengths x"),
+    ):
+        monkeypatch.setattr(labels, "label", lambda _picture, said=said: said)
+        (found,) = own.describe([{}], [PICTURE])
+        assert isinstance(found, ErnieError)
+        assert message in str(found)
+
+
+# --- categories by asking ---------------------------------------------------------------------------------------------
+
+TREE = parse_taxonomy("a\n b\n c | the sea\nd\n e\n  f\n  g\n h\n")
+
+
+def sort(*calls):
+    writer = Told(*calls)
+    return LanguageCategoriser(writer, TREE).assign([PICTURE] * len(calls[0])), writer
+
+
+def test_a_model_is_asked_level_by_level_and_its_second_choice_kept():
+    found, writer = sort(
+        [{"best": 1, "second": 2}, 'I say {"best": "2"}'], ["2", {"best": 1, "second": 2}], [{"best": 2}]
+    )
+    assert found[0] == Assignment(category="a/c", confidence=None, runner_up="d")
+    assert found[1] == Assignment(category="d/e/g", confidence=None, runner_up="d/h")
+    assert [len(texts) for texts, *_ in writer.asked] == [2, 2, 1]
+    assert "2. the sea" in writer.asked[1][0][0]
+    assert all(t == 0 for *_, t, _ in writer.asked)
+
+
+def test_none_of_them_ends_at_the_branch():
+    found, _ = sort([{"best": 0}, {"best": 2, "second": 2}], [{"best": 0, "second": 1}])
+    assert found[0].category == ""
+    assert (found[1].category, found[1].runner_up) == ("d", "d/e")
+
+
+def test_an_answer_that_is_no_choice_is_asked_again_and_fails_in_the_end():
+    found, writer = sort(["well", {"best": 9}], ["1", {"best": -2}], [{"best": 9}], ["1"])
+    assert found[0].category == "a/b"
+    assert "a number from 0 to 2 was asked for" in str(found[1])
+    assert [len(texts) for texts, *_ in writer.asked] == [2, 2, 1, 1]
+
+
+def test_a_branch_that_is_too_wide_is_named():
+    with pytest.raises(ErnieError, match="a has 201 categories"):
+        LanguageCategoriser(Told(["1"]), parse_taxonomy("a\n" + "".join(f" {i}\n" for i in range(201))))
