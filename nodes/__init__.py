@@ -52,6 +52,7 @@ class ErnieExtension(ComfyExtension):
             ErnieScoreImages,
             ErnieScoreReport,
         )
+        from .teachers import ErnieTeacherTable
         from .text import ErnieEncodePrompt, ErnieEnhancePrompt, ErnieServerEnhancer
         from .tournament import ErniePairsFromScores, ErnieTournament
         from .training import ErniePreflight, ErnieReducedDepth, ErnieTrain, ErnieTrainingReport
@@ -105,6 +106,7 @@ class ErnieExtension(ComfyExtension):
             ErnieTrainingModels,
             ErnieRecipe,
             ErnieRecipeDPO,
+            ErnieTeacherTable,
             ErniePreflight,
             ErnieTrain,
             ErnieTrainingReport,

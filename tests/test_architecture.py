@@ -52,7 +52,7 @@ LEVELS = [
     {"enhancing.disk_cache", "enhancing.server"},
     {"grid", "runs"},
     {"training.captions", "training.pictures", "training.teachers"},
-    {"training.items"},
+    {"training.items", "training.teacher_chart"},
     {"curation.manifest", "curation.sampling"},
     {"curation.draws"},
     {"curation.workers"},

@@ -10,16 +10,13 @@ A table has no network and no tensor: it says which teachers to ask, and how muc
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Literal, TypeAlias, cast, get_args
 
-import numpy as np
-from PIL import Image, ImageDraw
-
 from ..errors import ErnieError
-from ..lettering import TEXT_PX, fit, write
 
 Term: TypeAlias = Literal["CA", "DM"]
 """CA: the guidance term, "what the prompt asks for". DM: distribution matching, "what pictures look like"
@@ -30,6 +27,7 @@ BASE = "base"
 ALL = "*"
 """In a text: prompts of every tag, and those without one."""
 _SUM_TOLERANCE = 1e-6
+_RESERVED = "|,#*"
 _SETTINGS = ("strength ", "cfg ")
 
 
@@ -242,6 +240,73 @@ def article_bands(first: str, second: str, third: str, *, shift: float = 4.0) ->
     return by_sigma((first, second, third), [round(edge, 3) for edge in edges])
 
 
+PRESETS = ("as written", "by tag", "by noise level", "by term", "the article's bands")
+
+
+def preset_rules(preset: str, names: Sequence[str]) -> tuple[Rule, ...]:
+    """Rules for teachers in their order. Tags are the teachers' names, bands are equally wide, from high noise to low.
+
+    Raises:
+        ErnieError: no such preset, or another number of teachers is needed.
+    """
+    if preset not in PRESETS:
+        raise ErnieError(f"the preset must be one of {', '.join(PRESETS)}; got {preset!r}.")
+    if preset == "as written":
+        return ()
+    least, most = {"by term": (2, 2), "the article's bands": (3, 3), "by noise level": (2, 99)}.get(preset, (1, 99))
+    if not least <= len(names) <= most:
+        count = str(least) if least == most else f"{least} or more"
+        raise ErnieError(f"the preset {preset!r} is for {count} LoRAs, got {len(names)}: {', '.join(names) or 'none'}.")
+    if preset == "by tag":
+        return by_tag({name: name for name in names})
+    if preset == "by noise level":
+        return by_sigma(names, [round(1 - i / len(names), 3) for i in range(1, len(names))])
+    return by_objective(ca=names[0], dm=names[1]) if preset == "by term" else article_bands(*names)
+
+
+def name_of(file: str) -> str:
+    """A teacher's name for a LoRA file: the file's, without folder and ending, as a table can hold it."""
+    stem = file.replace("\\", "/").rsplit("/", 1)[-1].removesuffix(".safetensors")
+    name = " ".join("".join("_" if c in _RESERVED else c for c in stem).split()) or "lora"
+    return name if _number(name.split()[-1]) is None else "_".join([*name.split(), "lora"])
+
+
+def make_table(text: str, files: Sequence[str], preset: str, blend: float = 0.0) -> TeacherTable:
+    """The table of a text, with teachers for LoRA `files` and the rules of `preset` behind those of the text.
+
+    Raises:
+        ErnieError: as `read_table`; two widths of blending; a teacher that no rule ever asks.
+    """
+    given = [Teacher(name=name_of(file), lora=file) for file in files]
+    written = read_table(text, given=given)
+    if blend and written.blend and blend != written.blend:
+        raise ErnieError(
+            f"blend is {blend:g} and the text says {written.blend:g}: leave the line out, or set blend to 0."
+        )
+    rules = (*written.rules, *preset_rules(preset, [teacher.name for teacher in given]))
+    table = TeacherTable(teachers=written.teachers, rules=rules, blend=blend or written.blend)
+    if idle := [t.name for t in table.teachers if t.name not in table.used()]:
+        raise ErnieError(
+            f"no rule asks {', '.join(idle)}: choose a preset, write a line such as '* | 1 - 0 | * | {idle[0]}', or "
+            "leave the teacher out."
+        )
+    return table
+
+
+def with_files(table: TeacherTable, find: Callable[[str], Path]) -> TeacherTable:
+    """`table` with the path that `find` gives for each LoRA's name; absolute paths of files stay.
+
+    Raises:
+        ErnieError: `find` does not know a name.
+    """
+
+    def found(teacher: Teacher) -> Teacher:
+        path = Path(teacher.lora)
+        return replace(teacher, lora=str(path if path.is_absolute() and path.is_file() else find(teacher.lora)))
+
+    return replace(table, teachers=tuple(found(t) if t.lora else t for t in table.teachers))
+
+
 # --- text ---------------------------------------------------------------------------------------------------
 
 TEXT_RULES = """\
@@ -272,13 +337,15 @@ class _Reader:
             raise ErnieError(f"expected one of\n{TEXT_RULES}")
 
 
-def read_table(text: str) -> TeacherTable:
+def read_table(text: str, *, given: Sequence[Teacher] = ()) -> TeacherTable:
     """The table that a text describes, see `TEXT_RULES`; an empty text asks the base for everything.
+
+    `given`: teachers that it may ask without a line for them.
 
     Raises:
         ErnieError: a line that is none of the three kinds, or says something impossible; the message has its number.
     """
-    reader = _Reader()
+    reader = _Reader(teachers=list(given))
     for number, line in enumerate(text.splitlines(), 1):
         if line.strip() and not line.lstrip().startswith("#"):
             try:
@@ -367,55 +434,7 @@ def _digits(number: float) -> str:
 
 
 def _check_word(word: str, what: str) -> None:
-    if not word or word != " ".join(word.split()) or any(c in word for c in "|,#*"):
+    if not word or word != " ".join(word.split()) or any(c in word for c in _RESERVED):
         raise ErnieError(
-            f"{what} must be one or more words without {' '.join('|,#*')} and without space around them, got {word!r}."
+            f"{what} must be one or more words without {' '.join(_RESERVED)} or space around them, got {word!r}."
         )
-
-
-# --- picture ------------------------------------------------------------------------------------------------
-
-_COLOURS = (
-    *((150, 154, 162), (38, 110, 200), (222, 120, 30), (40, 150, 90), (190, 60, 90), (130, 80, 190), (20, 150, 170)),
-    *((170, 130, 40), (100, 100, 210), (120, 160, 40)),
-)
-_PAPER, _FRAME = (255, 255, 255), (210, 210, 214)
-
-
-def draw_table(table: TeacherTable, *, width: int = 760) -> np.ndarray:
-    """Who teaches what at which noise level, uint8 [H, width, 3]: a bar per tag and term, sigma 1 left and 0 right."""
-    rows: list[tuple[str, Term]] = []
-    for tag in (*table.tags, ""):
-        name = tag or ("other prompts" if table.tags else "all prompts")
-        answers = [[table.weights(tag=tag, sigma=i / 64, term=term) for i in range(65)] for term in TERMS]
-        rows += [(name, term) for term in TERMS] if answers[0] != answers[1] else [(f"{name}|both", "DM")]
-    names = table.used()
-    colours = {name: _COLOURS[i % len(_COLOURS)] for i, name in enumerate(names)}
-    left, right, top, step, bar = 190, width - 16, 30, 30, 22
-    sheet = Image.new("RGB", (width, top + step * len(rows) + 34 + 20 * len(names)), _PAPER)
-    pen = ImageDraw.Draw(sheet)
-    write(pen, (left, 8), "noise level (sigma): 1 = noise, 0 = picture")
-    pixels = right - left
-    for row, (label, term) in enumerate(rows):
-        y = top + row * step
-        name, _, both = label.partition("|")
-        tag = name if name in table.tags else ""
-        write(pen, (8, y + 4), fit(f"{name}: {', '.join(TERMS) if both else term}", left - 16, TEXT_PX))
-        for column in range(pixels):
-            at = float(y)
-            for who, weight in table.weights(tag=tag, sigma=1 - column / (pixels - 1), term=term).items():
-                pen.line((left + column, round(at), left + column, round(at + weight * bar)), fill=colours[who])
-                at += weight * bar
-        pen.rectangle((left, y, right, y + bar), outline=_FRAME)
-    bottom = top + step * len(rows)
-    for tick in range(11):
-        x = left + tick * pixels // 10
-        pen.line((x, bottom - 4, x, bottom), fill=_FRAME)
-        write(pen, (x - 9, bottom + 2), f"{1 - tick / 10:g}")
-    for i, name in enumerate(names):
-        y, teacher = bottom + 28 + 20 * i, table.teacher(name)
-        pen.rectangle((left, y, left + 12, y + 12), fill=colours[name])
-        lora = f"{teacher.lora or 'the base'}" + (f" x {teacher.strength:g}" if teacher.strength != 1 else "")
-        about = f"{name} = {lora}" + ("" if teacher.cfg is None else f", cfg {teacher.cfg:g}")
-        write(pen, (left + 20, y - 2), fit(about, right - left - 20, TEXT_PX))
-    return np.asarray(sheet)

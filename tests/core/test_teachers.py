@@ -8,6 +8,7 @@ import random
 import numpy as np
 import pytest
 from ernie_pack.ernie_core.errors import ErnieError
+from ernie_pack.ernie_core.training import teacher_chart
 from ernie_pack.ernie_core.training import teachers as t
 
 LAYOUT, TEXT, ART = (t.Teacher(name=name, lora=f"{name}.safetensors") for name in ("layout", "text", "art"))
@@ -199,11 +200,11 @@ def test_the_picture_shows_who_teaches_where():
         teachers=WHO,
         rules=(*t.by_objective(ca="text", dm="art", tags=("poster",)), *t.by_sigma(("layout", "base"), [0.5])),
     )
-    picture = t.draw_table(table)
+    picture = teacher_chart.draw_table(table)
     assert picture.dtype == np.uint8
     assert picture.shape[1:] == (760, 3)
     bars = picture[[30 + 30 * row + 10 for row in range(3)]]  # poster CA, poster DM, other prompts
-    colours = {name: t._COLOURS[i] for i, name in enumerate(table.used())}
+    colours = {name: teacher_chart._COLOURS[i] for i, name in enumerate(table.used())}
     assert [tuple(row[300]) for row in bars] == [colours["text"], colours["art"], colours["layout"]]
     assert tuple(bars[2][700]) == colours["base"]
 
@@ -213,4 +214,66 @@ def test_the_picture_holds_more_teachers_than_it_has_colours():
     table = t.TeacherTable(
         teachers=tuple(many), rules=t.by_sigma([m.name for m in many], [1 - (i + 1) / 14 for i in range(13)])
     )
-    assert t.draw_table(table).shape[0] > 14 * 20
+    assert teacher_chart.draw_table(table).shape[0] > 14 * 20
+
+
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [
+        ("hearts.safetensors", "hearts"),
+        ("styles/ink, wash #2.safetensors", "ink_ wash _2"),
+        ("a\\b.safetensors", "b"),
+        ("style 2.safetensors", "style_2_lora"),
+        ("7.safetensors", "7_lora"),
+        (".safetensors", "lora"),
+    ],
+)
+def test_a_file_gives_its_teacher_a_name_that_a_table_can_hold(file, name):
+    assert t.name_of(file) == name
+    table = t.make_table(f"* | * | * | {name}", [file], "as written")
+    assert t.read_table(t.write_table(table)) == table
+    assert table.used() == (name,)
+
+
+def test_presets_come_behind_the_text_and_read_back():
+    files = ["a.safetensors", "b.safetensors", "c.safetensors"]
+    by_tag = t.make_table("", files, "by tag")
+    assert by_tag.weights(tag="b", sigma=0.3, term="CA") == {"b": 1.0}
+    assert by_tag.weights(tag="", sigma=0.3, term="CA") == {"base": 1.0}
+    levels = t.make_table("", files, "by noise level", 0.1)
+    assert [levels.weights(tag="", sigma=s, term="DM") for s in (0.9, 0.5, 0.1)] == [{"a": 1}, {"b": 1}, {"c": 1}]
+    assert levels.blend == 0.1
+    terms = t.make_table("poster | * | * | base", files[:2], "by term")
+    assert terms.weights(tag="poster", sigma=0.3, term="CA") == {"base": 1.0}
+    assert [terms.weights(tag="", sigma=0.3, term=term) for term in t.TERMS] == [{"a": 1}, {"b": 1}]
+    article = t.make_table("", files, "the article's bands")
+    assert article.rules == t.article_bands("a", "b", "c")
+    for table in (by_tag, levels, terms, article):
+        assert t.read_table(t.write_table(table)) == table
+
+
+@pytest.mark.parametrize(
+    ("text", "files", "preset", "blend", "message"),
+    [
+        ("", ["a.s"], "as written", 0, r"no rule asks a.s: choose a preset, write a line such as '\* \| 1 - 0"),
+        ("", [], "by tag", 0, r"'by tag' is for 1 or more LoRAs, got 0: none"),
+        ("", ["a", "b", "c"], "by term", 0, r"'by term' is for 2 LoRAs, got 3: a, b, c"),
+        ("", ["a"], "by noise level", 0, r"is for 2 or more LoRAs, got 1"),
+        ("", ["a"], "by hand", 0, r"the preset must be one of as written, by tag, .*; got 'by hand'"),
+        ("", ["a", "b"], "the article's bands", 0, r"is for 3 LoRAs, got 2"),
+        ("", ["a", "x/a.safetensors"], "by tag", 0, r"two teachers are called 'a'"),
+        ("* | * | * | a\nblend 0.2", ["a"], "as written", 0.1, r"blend is 0.1 and the text says 0.2"),
+        ("* | * | * | base", ["a"], "by tag", 0, r"rule 2 \(a \| 1 - 0 \| CA, DM \| a\) never acts"),
+    ],
+)
+def test_a_table_that_leaves_something_out_says_so(text, files, preset, blend, message):
+    with pytest.raises(ErnieError, match=message):
+        t.make_table(text, files, preset, blend)
+
+
+def test_files_are_found_by_name_and_absolute_paths_stay(tmp_path):
+    here = tmp_path / "mine.safetensors"
+    here.write_bytes(b"x")
+    table = t.read_table(f"teacher a | {here}\nteacher b | b.safetensors\nteacher base | cfg 3")
+    found = t.with_files(table, lambda name: tmp_path / "loras" / name)
+    assert [teacher.lora for teacher in found.teachers] == [str(here), str(tmp_path / "loras" / "b.safetensors"), ""]

@@ -233,6 +233,11 @@ def test_no_widget_is_left_out_above(node_classes, recording):
         for item in node_classes[node_id].GET_SCHEMA().inputs
         if item.get_io_type() in ("COMBO", "BOOLEAN", "STRING", "INT", "FLOAT")
     }
+    elsewhere |= {  # all of these in test_teachers.py, by the table that comes out
+        ("ErnieTeacherTable", item.id)
+        for item in node_classes["ErnieTeacherTable"].GET_SCHEMA().inputs
+        if item.get_io_type() in ("COMBO", "STRING", "FLOAT")
+    }
     # in test_upscaling.py, by what reaches the host and by the latent that comes out
     elsewhere |= {("ErnieTiledSampling", name) for name in ("tile", "overlap")}
     elsewhere |= {("ErnieUpscaleLatent", name) for name in ("scale", "method")}

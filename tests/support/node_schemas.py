@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # Widgets that list files: what they offer is the machine's, not ours.
 FILE_LISTS = {
     *("model_name", "encoder_name", "enhancer_name", "vae_name", "turbo_name", "folder"),
-    *("initial_lora", "reference_lora", "lora_name", "lora_1", "lora_2", "lora_3", "base_name", "tuned_name"),
+    *("initial_lora", "reference_lora", "lora_name", "lora_1", "lora_2", "lora_3", "lora_4", "base_name", "tuned_name"),
     *("scorer_name", "backbone"),
 }
 WIDGET_KEYS = ("default", "min", "max", "step", "options", "multiline", "lazy")
