@@ -10,9 +10,11 @@ is no view at all. Guidance is the teachers' alone, against the real empty promp
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +25,9 @@ from ..sampling.samplers import sample_euler
 from ..sampling.schedule import make_sigmas
 from ..weights.lora import module_shapes, read_lora
 from .adapters import Adapter, Views
+from .caching import component_hash
 from .distillation import (
+    Health,
     clean_estimate,
     direction,
     guidance,
@@ -31,16 +35,18 @@ from .distillation import (
     matching_loss,
     normaliser,
 )
-from .feed import Batch
+from .feed import Batch, model_hashes_path
 from .learner import Learner
 from .losses import Objective, Turn, Velocity, View
 from .objectives import SigmaSampling, draw_noise, draw_sigmas, make_generator, sft_loss
 from .recipe import OptimiserConfig, Recipe
+from .state import Job, file_hash
 from .teachers import TERMS, Teacher, Term
+from .trajectories import TrajectoryCache, state_at, teacher_velocities, trajectory_noise
 from .world import Sums
 
 
-def make_distil(recipe: Recipe, views: Views, empty_text: Tensor, device: torch.device) -> Distil:
+def make_distil(job: Job, recipe: Recipe, views: Views, empty_text: Tensor, device: torch.device) -> Distil:
     """The objective, with the fake score and the teachers added to `views`.
 
     Raises:
@@ -58,7 +64,36 @@ def make_distil(recipe: Recipe, views: Views, empty_text: Tensor, device: torch.
         if teacher.lora:
             views.add(_view_name(teacher), _read_adapter(teacher.lora, views, device, trainable=False))
     config = OptimiserConfig(lr=fake.lr, betas=fake.betas, clip=fake.clip, warmup=0, schedule="constant")
-    return Distil(recipe, empty_text=empty_text, fake=Learner(adapter, config, steps=recipe.steps), device=device)
+    return Distil(
+        recipe,
+        empty_text=empty_text,
+        fake=Learner(adapter, config, steps=recipe.steps),
+        trajectories=_open_trajectories(job, recipe),
+        device=device,
+    )
+
+
+def _open_trajectories(job: Job, recipe: Recipe) -> TrajectoryCache:
+    """Where the teachers' ways are kept: by everything that decides what they say."""
+    config, memo = recipe.distil, model_hashes_path(job)
+    teachers = [asdict(config.table.teacher(name)) for name in config.table.used()]
+    for teacher in teachers:
+        teacher["lora"] = file_hash(Path(teacher["lora"])) if teacher["lora"] else ""
+    said = {
+        "cfg": config.cfg,
+        "rules": [asdict(rule) for rule in config.table.rules],
+        "blend": config.table.blend,
+        "teachers": teachers,
+        "base": component_hash(recipe.models.path("transformer"), "transformer", memo=memo),
+        "encoder": component_hash(recipe.models.path("text_encoder"), "text_encoder", memo=memo),
+        "precision": recipe.precision,
+    }
+    return TrajectoryCache(
+        job.cache_folder,
+        teachers=json.dumps(said, sort_keys=True),
+        sigmas=config.grid(),
+        substeps=config.trajectory_substeps,
+    )
 
 
 def _read_adapter(path: str, views: Views, device: torch.device, *, trainable: bool) -> Adapter:
@@ -75,25 +110,34 @@ class Distil(Objective):
 
     metric_names = (
         *("loss_fake", "fake_fresh", "fake_seen", "loss_dm", "loss_ca", "anchor"),
-        *("dm_cos", "dm_mag_ratio", "x_std"),
+        *("dm_cos", "dm_mag_ratio", "x_std", "trajectory"),
     )
 
-    def __init__(self, recipe: Recipe, *, empty_text: Tensor, fake: Learner, device: torch.device):
+    def __init__(
+        self, recipe: Recipe, *, empty_text: Tensor, fake: Learner, trajectories: TrajectoryCache, device: torch.device
+    ):
         self.recipe, self.config, self.empty_text = recipe, recipe.distil, empty_text
         self.learners = {"fake": fake}
         self.device = device
         self.grid = self.config.grid()
+        self.health = Health()
+        self.trajectories = trajectories
         self.painted: dict[int, Tensor] = {}
         """The student's pictures of the step at hand [C, H, W], by the sample's number."""
 
     def turns(self, step: int) -> Sequence[Turn]:
-        fakes = [Turn(step=step, learner="fake", index=i) for i in range(self.config.fake.steps_per_student)]
+        fake, early = self.config.fake, self.config.trajectory_steps
         self.painted.clear()
-        return fakes if step < self.config.fake.warmup_steps else [Turn(step=step), *fakes]
+        if step < early:
+            return (Turn(step=step),)
+        fakes = [Turn(step=step, learner="fake", index=i) for i in range(fake.steps_per_student)]
+        return fakes if step < early + fake.warmup_steps else [Turn(step=step), *fakes]
 
     def losses(self, batch: Batch, velocity: Velocity, sums: Sums, turn: Turn) -> Tensor:
         if turn.learner == "fake":
             return self._fake_losses(batch, velocity, sums, turn)
+        if turn.step < self.config.trajectory_steps:
+            return self._trajectory_losses(batch, velocity, sums)
         return self._student_losses(batch, velocity, sums, turn)
 
     # --- the student ---
@@ -154,6 +198,47 @@ class Distil(Objective):
         sigma, following = float(self.grid[0]), float(self.grid[1])
         v = velocity(noise, torch.full((len(noise),), sigma), batch.texts, ("policy",), attention).float()
         return sft_loss(v, wanted), (noise.to(v) + (following - sigma) * v).detach()
+
+    # --- the teachers' way, before any matching ---
+
+    def _trajectory_losses(self, batch: Batch, velocity: Velocity, sums: Sums) -> Tensor:
+        """Error [B] of one step of the grid each against the teachers' mean velocity over it."""
+        names, noises = [], []
+        for number, caption in zip(batch.numbers, batch.captions, strict=True):
+            turn = int(torch.randint(self.config.trajectory_bank, (), generator=make_generator("turn", number)))
+            names.append((f"{batch.shape_CHW} {caption}", turn))
+            noises.append(trajectory_noise(batch.shape_CHW, key=names[-1][0], turn=turn))
+        velocities = self._recall(batch, names, torch.stack(noises), velocity)
+        steps = [self._place(number) for number in batch.numbers]
+        x = torch.stack([state_at(n, v, self.grid, i) for n, v, i in zip(noises, velocities, steps, strict=True)])
+        wanted = torch.stack([v[i] for v, i in zip(velocities, steps, strict=True)])
+        predicted = velocity(x, self.grid[steps], batch.texts, ("policy",), attention)
+        losses = sft_loss(predicted, wanted.to(predicted))
+        sums.add("trajectory", losses)
+        return losses * batch.weights_B.to(losses)
+
+    def _recall(
+        self, batch: Batch, names: Sequence[tuple[str, int]], noise: Tensor, velocity: Velocity
+    ) -> list[Tensor]:
+        """The teachers' velocities [N, C, H, W] of each sample, from the cache or computed and kept."""
+        cache = self.trajectories
+        keys = [cache.key(name, turn, tag) for (name, turn), tag in zip(names, batch.tags, strict=True)]
+        if not all(map(cache.has, keys)):
+            found = teacher_velocities(
+                lambda x, sigma: self.teach(batch, x, sigma, velocity),
+                noise.to(self.device),
+                self.grid,
+                substeps=self.config.trajectory_substeps,
+            )
+            for i, key in enumerate(keys):
+                cache.keep(key, found[:, i])
+        return [cache.velocities(key) for key in keys]
+
+    def _place(self, number: int) -> int:
+        """The step of the grid that a sample is trained at: each once before any comes again."""
+        turn, place = divmod(number, len(self.grid) - 1)
+        order = torch.randperm(len(self.grid) - 1, generator=make_generator("place", self.recipe.seed, turn))
+        return int(order[place])
 
     # --- the teachers ---
 
@@ -239,6 +324,19 @@ class Distil(Objective):
 
     def _remember(self, batch: Batch, x: Tensor) -> None:
         self.painted |= dict(zip(batch.numbers, x.detach().unbind(), strict=True))
+
+    # --- health ---
+
+    def after_step(self, metrics: Mapping[str, float]) -> str | None:
+        alarm = self.health.update(metrics, patience=self.config.patience)
+        self.done = self.done or (alarm is not None and self.config.stop_on_alarm)
+        return alarm
+
+    def state(self) -> dict[str, Any]:
+        return {"health": asdict(self.health), "done": self.done}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.health, self.done = Health(**state["health"]), state["done"]
 
     # --- draws ---
 

@@ -19,6 +19,7 @@ Shape letters: B batch.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Literal
@@ -101,6 +102,13 @@ class DistilConfig:
     all: the finished picture, with the gradient through every step; slower, and exact for the sampler's pictures."""
     noise: SigmaSampling = field(default_factory=lambda: SigmaSampling(kind="uniform", low=0.02, high=0.98, shift=1.0))
     """Noise levels that the two scores are asked at."""
+    trajectory_steps: int = 0
+    """First steps of the run in which the student learns the teacher's way on its grid by plain regression, before any
+    matching; 0 = none. A student that starts from nothing needs a few hundred, one that starts from a LoRA fewer."""
+    trajectory_substeps: int = 4
+    """The teacher's steps within each step of the student's grid."""
+    trajectory_bank: int = 4
+    """Noises per prompt whose trajectories are computed once and kept in the cache."""
     floor: float = 0.05
     """Least value of the normaliser mean |x - x0_real|, in units of a latent's standard deviation."""
     fake: FakeConfig = field(default_factory=FakeConfig)
@@ -111,6 +119,10 @@ class DistilConfig:
     """Teacher steps that the start is taken from ..."""
     anchor_of: int = 12
     """... of a grid of so many."""
+    patience: int = 50
+    """Steps that a sign of ill health must last before the alarm; see `Health`."""
+    stop_on_alarm: bool = False
+    """Whether the run ends with the first alarm."""
 
     def __post_init__(self) -> None:
         grid = self.sigmas
@@ -122,6 +134,9 @@ class DistilConfig:
             raise ErnieError(f"distil.shift must be above 0 (1 = none), got {self.shift:g}.")
         if not self.cfg >= 0:
             raise ErnieError(f"distil.cfg must be 0 or more (1 = no guidance), got {self.cfg:g}.")
+        for name, low in (("trajectory_steps", 0), ("trajectory_substeps", 1), ("trajectory_bank", 1), ("patience", 1)):
+            if getattr(self, name) < low:
+                raise ErnieError(f"distil.{name} must be at least {low}, got {getattr(self, name)}.")
         if not self.floor > 0:
             raise ErnieError(f"distil.floor must be above 0, got {self.floor:g}.")
         if not self.noise.low > 0:
@@ -203,6 +218,53 @@ def matching_health(x: Tensor, x0_real: Tensor, x0_fake: Tensor) -> dict[str, Te
         "dm_mag_ratio": taken.norm(dim=1) / length,
         "x_std": x.flatten(1).std(dim=1),
     }
+
+
+@dataclass
+class Health:
+    """The stop rule. Each metric is averaged with decay 0.95; an alarm means that it was beyond its bound for
+    `patience` steps in a row. The fields are the whole state: save and restore them.
+
+    - collapse: x_std outside 0.7 to 1.4 of its mean over the student's first 10 steps;
+    - lag: the fake score's loss on pictures that it has not seen is more than 1.5 of that on those it has;
+    - astray: dm_cos below 0, so the push is the fake score's error and not the teachers' pull.
+    """
+
+    averages: dict[str, float] = field(default_factory=dict)
+    beyond: dict[str, int] = field(default_factory=dict)
+    """Steps in a row beyond each bound."""
+    steps: int = 0
+    first_std: float = 0.0
+
+    def update(self, metrics: Mapping[str, float], *, patience: int) -> str | None:
+        """Take in a step of the student; the alarm on the step that one is due, each once in a row of bad steps."""
+        for name in ("x_std", "dm_cos", "fake_fresh", "fake_seen"):
+            if name in metrics:
+                self.averages[name] = 0.95 * self.averages.get(name, metrics[name]) + 0.05 * metrics[name]
+        if "x_std" not in metrics:
+            return None
+        self.steps += 1
+        if self.steps <= 10:
+            self.first_std += (metrics["x_std"] - self.first_std) / self.steps
+        now = self.averages
+        size = now["x_std"] / self.first_std
+        lag = now["fake_fresh"] / now["fake_seen"] if now.get("fake_seen") else 1.0
+        signs = {
+            f"the pictures' contrast is {size:.2f} of what it was at the start: the student collapses. Go back to a "
+            "checkpoint before it; lower its learning rate or the guidance": not 0.7 < size < 1.4,
+            f"the fake score's loss on new pictures is {lag:.2f} of that on pictures it has seen: it lags behind. Give "
+            "it more updates (distil.fake.steps_per_student) or a higher learning rate, the student a lower one": (
+                lag > 1.5
+            ),
+            "the push does not point towards the teachers (dm_cos below 0): the fake score does not know the student. "
+            "Lower the student's learning rate, or warm the fake score up for longer": now["dm_cos"] < 0,
+        }
+        due = None
+        for name, (message, bad) in zip(("collapse", "lag", "astray"), signs.items(), strict=True):
+            self.beyond[name] = self.beyond.get(name, 0) + 1 if bad else 0
+            if self.beyond[name] == patience:
+                due = f"{message}. It has been so for {patience} steps."
+        return due
 
 
 def _column(values_B: Tensor, like: Tensor) -> Tensor:

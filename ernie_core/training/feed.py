@@ -39,6 +39,7 @@ class Batch:
     """What a sample is, whatever step it is drawn in."""
     tags: tuple[str, ...]
     """What each sample's prompt is about, for distillation's table of teachers; "" = nothing said."""
+    captions: tuple[str, ...]
     shape_CHW: tuple[int, int, int]
     """Of a latent."""
     latents_BCHW: Tensor | None
@@ -66,6 +67,7 @@ class Batch:
                 numbers=self.numbers[i : i + 1],
                 keys=self.keys[i : i + 1],
                 tags=self.tags[i : i + 1],
+                captions=self.captions[i : i + 1],
                 shape_CHW=self.shape_CHW,
                 latents_BCHW=row(self.latents_BCHW, i),
                 lose_BCHW=row(self.lose_BCHW, i),
@@ -176,6 +178,7 @@ class Feed:
             numbers=tuple(s.number for s in samples),
             keys=tuple(" ".join(picture.item.sha256 for picture in s.pictures) for s in samples),
             tags=tuple("" if isinstance(s.entry, Pair) else s.entry.concept for s in samples),
+            captions=tuple(captions),
             shape_CHW=(LATENT_CHANNELS, height, width),
             latents_BCHW=torch.stack([of_sample[0] for of_sample in latents]) if read else None,
             lose_BCHW=torch.stack([of[1] for of in latents]) if recipe.objective == "dpo" else None,

@@ -58,6 +58,7 @@ class _MadeUpFeed:
                 numbers=tuple(range(first, first + count)),
                 keys=tuple(map(str, range(first, first + count))),
                 tags=("",) * count,
+                captions=("",) * count,
                 shape_CHW=(self.latents.shape[1], self.latents.shape[2], self.latents.shape[3]),
                 latents_BCHW=self.latents,
                 lose_BCHW=self.latents.flip(0, -1) if self.recipe.objective == "dpo" else None,

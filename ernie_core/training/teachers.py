@@ -20,7 +20,7 @@ from ..errors import ErnieError
 
 Term: TypeAlias = Literal["CA", "DM"]
 """CA: the guidance term, "what the prompt asks for". DM: distribution matching, "what pictures look like"
-(Decoupled DMD, arXiv 2511.22677). A plain, undivided score is asked for under DM."""
+(Decoupled DMD, arXiv 2511.22677). A plain, undivided score asks for both at one noise level."""
 TERMS: tuple[Term, ...] = get_args(Term)
 BASE = "base"
 """The teacher that every table has: the frozen base, without a LoRA unless the table says otherwise."""

@@ -137,7 +137,7 @@ class Trainer:
         if recipe.objective == "sft":
             return Sft(recipe)
         if recipe.objective == "distil":
-            return make_distil(recipe, self.views, self.feed.text(""), self.world.device)
+            return make_distil(self.job, recipe, self.views, self.feed.text(""), self.world.device)
         reference: tuple[str, ...] = ()
         if recipe.reference_lora:
             lora = read_lora(Path(recipe.reference_lora), module_shapes(self.model))

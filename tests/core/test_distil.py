@@ -25,6 +25,12 @@ from ernie_pack.ernie_core.training.prompts import (
 from ernie_pack.ernie_core.training.recipe import ModelPaths, OptimiserConfig, Recipe
 from ernie_pack.ernie_core.training.teachers import Rule, Teacher, TeacherTable
 from ernie_pack.ernie_core.training.trainer import train
+from ernie_pack.ernie_core.training.trajectories import (
+    TrajectoryCache,
+    state_at,
+    teacher_velocities,
+    trajectory_noise,
+)
 from ernie_pack.ernie_core.training.world import Sums
 from random_models import write_random_models
 from safetensors import safe_open
@@ -62,11 +68,14 @@ class AskedModel:
         return [call for call in self.calls if call[0] == view]
 
 
-def make_objective(config, **changes):
+def make_objective(config, *, folder=None, **changes):
     recipe = Recipe(name="x", models=ModelPaths(transformer="m"), objective="distil", distil=config, **changes)
     adapter = Adapter(nn.ModuleDict({"a": nn.Linear(2, 2)}), AdapterConfig(targets=("a",)), seed=0)
     fake = Learner(adapter, OptimiserConfig(), steps=4)
-    return Distil(recipe, empty_text=EMPTY, fake=fake, device=torch.device("cpu"))
+    trajectories = TrajectoryCache(
+        folder or "none", teachers="", sigmas=config.grid(), substeps=config.trajectory_substeps
+    )
+    return Distil(recipe, empty_text=EMPTY, fake=fake, trajectories=trajectories, device=torch.device("cpu"))
 
 
 def make_batch(*tags, first=0):
@@ -75,6 +84,7 @@ def make_batch(*tags, first=0):
         numbers=numbers,
         keys=tuple(map(str, numbers)),
         tags=tags,
+        captions=tuple(f"prompt {n}" for n in numbers),
         shape_CHW=(3, 2, 2),
         latents_BCHW=None,
         lose_BCHW=None,
@@ -219,6 +229,37 @@ def test_the_anchor_takes_the_first_step_for_itself():
     v = model(noise, torch.ones(1), batch.texts, ("policy",), attention)
     error = (v - (noise - far) / 0.2).square().mean()
     assert float(torch.cat(sums.values["anchor"])) == pytest.approx(float(error.detach()), rel=1e-4)
+
+
+# --- the teachers' way --------------------------------------------------------------------------------------
+
+
+def test_the_first_stage_regresses_to_the_teachers_way_and_computes_it_once(tmp_path):
+    config = DistilConfig(steps=2, trajectory_steps=1, trajectory_substeps=3, trajectory_bank=1, fake=FAKE)
+    objective, model, batch = make_objective(config, folder=tmp_path), AskedModel(), make_batch("", "")
+    assert [turn.learner for turn in objective.turns(0)] == ["policy"]
+    sums = Sums()
+    objective.losses(batch, model, sums, Turn(step=0)).sum().backward()
+    assert len(model.asked()) == 2 * 3  # guided: one call for both
+    assert not any(grad for *_, grad in model.asked())
+    assert [grad for *_, grad in model.asked("policy")] == [True]
+    assert float(model.scale.grad) != 0
+    losses = torch.cat(sums.values["trajectory"])
+    for i in range(2):
+        noise = trajectory_noise((3, 2, 2), key=f"{(3, 2, 2)} prompt {i}", turn=0)[None]
+        one = make_batch("", first=i)
+        one = replace(one, texts=batch.texts[i : i + 1])
+        velocities = teacher_velocities(
+            lambda x, s, one=one: objective.teach(one, x, s, model), noise, objective.grid, substeps=3
+        )
+        place = objective._place(i)
+        x = state_at(noise, velocities, objective.grid, place)
+        v = model(x, objective.grid[place : place + 1], one.texts, ("policy",), attention)
+        assert float(losses[i]) == pytest.approx(float((v - velocities[place]).square().mean().detach()), rel=1e-4)
+    model.calls.clear()
+    objective.losses(batch, model, Sums(), Turn(step=0))
+    assert not model.asked()
+    assert sorted(objective._place(n) for n in range(2)) == [0, 1]
 
 
 # --- the fake score's update --------------------------------------------------------------------------------

@@ -1,6 +1,8 @@
 """Distribution matching: the mathematics against formulas written out, and a toy whose scores are known."""
 
 import math
+import re
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from ernie_pack.ernie_core.sampling.schedule import make_sigmas
 from ernie_pack.ernie_core.training.distillation import (
     DistilConfig,
     FakeConfig,
+    Health,
     cfg_of_extra,
     clean_estimate,
     direction,
@@ -130,6 +133,43 @@ def test_matching_covers_both_modes_of_a_mixture():
     assert float((x.abs() - 2).abs().mean()) < 0.4
 
 
+# --- the stop rule ------------------------------------------------------------------------------------------
+
+WELL = {"x_std": 1.0, "dm_cos": 0.5, "fake_fresh": 0.2, "fake_seen": 0.2}
+
+
+def alarms(health, count, **changes):
+    return [a for _ in range(count) if (a := health.update({**WELL, **changes}, patience=20))]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"x_std": 0.3}, "contrast is 0.[0-9]+ of what it was at the start"),
+        ({"x_std": 2.0}, "contrast is 1.[0-9]+ of what it was at the start"),
+        ({"fake_fresh": 0.6}, "lags behind"),
+        ({"dm_cos": -0.5}, "does not point towards the teachers"),
+    ],
+)
+def test_ill_health_that_lasts_is_said_once_and_short_trouble_is_not(changes, message):
+    health = Health()
+    assert not alarms(health, 50)
+    assert not alarms(health, 3, **changes)
+    assert not alarms(health, 60)
+    (alarm,) = alarms(health, 100, **changes)
+    assert re.search(message, alarm)
+    assert "for 20 steps" in alarm
+
+
+def test_health_resumes_where_it_was():
+    whole, first = Health(), Health()
+    assert not alarms(whole, 30) + alarms(first, 30)
+    second = Health(**asdict(first))
+    for health in (whole, second):
+        alarms(health, 5, dm_cos=-1.0)
+    assert whole == second
+
+
 # --- settings -----------------------------------------------------------------------------------------------
 
 
@@ -164,6 +204,9 @@ def test_the_fake_score_warms_up_for_whole_steps():
         ({"shift": 0.0}, "shift must be above 0"),
         ({"shift": math.nan}, "shift must be above 0"),
         ({"cfg": -1.0}, "cfg must be 0 or more"),
+        ({"trajectory_steps": -1}, "trajectory_steps must be at least 0"),
+        ({"trajectory_substeps": 0}, "trajectory_substeps must be at least 1"),
+        ({"patience": 0}, "patience must be at least 1"),
         ({"floor": 0.0}, "floor must be above 0"),
         ({"noise": SigmaSampling(kind="uniform", shift=1.0)}, "noise.low must be above 0"),
         ({"noise": SigmaSampling(kind="weighted", low=0.02)}, "weighted"),

@@ -82,6 +82,10 @@ RUNS = {
     "dpo": DPO,
     "dpo with a bank": {**DPO, "reference_bank": 3},
     "distil": DISTIL,
+    "distil after a first stage": {
+        "objective": "distil",
+        "distil": DistilConfig(steps=2, trajectory_steps=3, trajectory_bank=1, fake=FakeConfig(warmup=0, lr=1e-2)),
+    },
     "distil with an average": {**DISTIL, "optimiser": OptimiserConfig(lr=1e-2, warmup=1, ema=0.9)},
 }
 
