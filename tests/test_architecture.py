@@ -71,6 +71,7 @@ LEVELS = [
     {"training.trainer", "training.job"},
     {"training.probe"},
     {"scoring.scorer", "scoring.builtin", "scoring.metrics", "scoring.charts", "scoring.longtext", "scoring.geneval"},
+    {"scoring.tables"},
     {"scoring.network", "scoring.streaming", "scoring.store"},
     {"scoring.ernie_aes", "scoring.clip_based", "scoring.blip_based", "scoring.tournament"},
     {"scoring.judgments", "scoring.pairs", "scoring.loading", "scoring.benchmark"},
@@ -79,6 +80,10 @@ LEVELS = [
     {"curation.categories", "curation.answers", "curation.vision_language"},
     {"curation.builtin_labels", "curation.asked_categories", "curation.own_labels", "curation.captions"},
     {"evaluation.distances", "evaluation.prompt_sets", "evaluation.features"},
+    {"evaluation.verdicts"},
+    {"evaluation.rates", "evaluation.verdict_store"},
+    {"evaluation.report"},
+    {"evaluation.commands"},
     {"curation.commands"},
     {"cli"},
 ]

@@ -239,7 +239,7 @@ def _iter_items(
 ) -> Iterator[PromptItem]:
     for number, record in records:
         values: dict[Role, Any] = {role: record.get(name) for role, name in columns.items()}
-        wrong = [role for role, value in values.items() if isinstance(value, (dict, list, bool))]
+        wrong: list[Role] = [role for role, value in values.items() if isinstance(value, (dict, list, bool))]
         if wrong:
             reason = f"{columns[wrong[0]]} must be text, got {type(values[wrong[0]]).__name__}"
             problems.append(Problem(label=f"row {number}", reason=reason))

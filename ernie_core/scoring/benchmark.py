@@ -39,6 +39,7 @@ from .metrics import (
     srcc,
 )
 from .scorer import DEFAULT_BATCH, Scorer, Scores
+from .tables import finite, markdown_table
 
 # (SRCC, PLCC) on ERIA-1K: ERNIE-Image report (arXiv 2605.25347), Table 2. UniPercept's SRCC is .4553 in its prose.
 PUBLISHED: dict[str, tuple[float, float]] = {
@@ -148,7 +149,7 @@ class Benchmark:
             "published": {"where": PUBLISHED_TITLE, "srcc_plcc": PUBLISHED},
             "problems": [str(p) for p in self.problems],
         }
-        return json.dumps(_finite(content), ensure_ascii=False, indent=1) + "\n"
+        return json.dumps(finite(content), ensure_ascii=False, indent=1) + "\n"
 
     def pictures(self) -> dict[str, np.ndarray]:
         """uint8 [H, W, 3] by name: the tables, a scatter plot per scorer, SRCC and bias by category, and per scorer the
@@ -577,7 +578,7 @@ def _measured_title(b: Benchmark) -> str:
 
 def _markdown(b: Benchmark) -> str:
     parts = [f"# Aesthetic benchmark: {b.name}", f"## {_measured_title(b)}"]
-    parts.append(_md_table(_HEADER, [_row(r.name, r.overall) for r in b.results]))
+    parts.append(markdown_table(_HEADER, [_row(r.name, r.overall) for r in b.results]))
     parts.append(
         f"In brackets: 95 % BCa bootstrap intervals, {b.samples} resamples of images, seed {b.seed}. KRCC is tau-b."
     )
@@ -585,10 +586,10 @@ def _markdown(b: Benchmark) -> str:
     if b.differences:
         parts.append("## Which scorer is better: difference of SRCC on the same images")
         rows = [[x, y, _show(d), _better(x, y, d)] for x, y, d in b.differences]
-        parts.append(_md_table(("scorer", "other", "difference", "better"), rows))
+        parts.append(markdown_table(("scorer", "other", "difference", "better"), rows))
     parts.append(f"## {PUBLISHED_TITLE}")
     parts.append(
-        _md_table(("scorer", "SRCC", "PLCC"), [[n, f"{s:.4f}", f"{p:.4f}"] for n, (s, p) in PUBLISHED.items()])
+        markdown_table(("scorer", "SRCC", "PLCC"), [[n, f"{s:.4f}", f"{p:.4f}"] for n, (s, p) in PUBLISHED.items()])
     )
     parts.append("Comparable with the table above only if that set is ERIA-1K, with the same images.")
     for r in b.results:
@@ -596,14 +597,14 @@ def _markdown(b: Benchmark) -> str:
             parts.append(f"## {r.name} by category")
             header = ("category", *_HEADER[1:], "note")
             rows = [[*_row(c.category or "(none)", c), c.problem] for c in r.categories]
-            parts.append(_md_table(header, rows))
+            parts.append(markdown_table(header, rows))
         if r.biases:
             parts.append(
                 "Bias: mean of the rank-normalised score minus that of the human score, 1 = from the last place to "
                 "the first; above 0 = over-rated."
             )
             rows = [[x.category or "(none)", _show(x.bias), x.verdict, str(x.n)] for x in r.biases]
-            parts.append(_md_table(("category", "bias", "verdict", "images"), rows))
+            parts.append(markdown_table(("category", "bias", "verdict", "images"), rows))
     if b.problems:
         parts.append(f"## {len(b.problems)} problems")
         parts.append("\n".join(f"- {p}" for p in b.problems[:200]))
@@ -616,11 +617,6 @@ def _better(first: str, second: str, difference: Interval) -> str:
     if difference.low > 0:
         return first
     return second if difference.high < 0 else "not decided by these images"
-
-
-def _md_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 def _pictures(b: Benchmark) -> dict[str, np.ndarray]:
@@ -684,15 +680,6 @@ def _extremes(b: Benchmark, r: ScorerResult) -> np.ndarray:
             sheet(order[::-1][:count], f"{r.name} likes these less than people do (score / human)"),
         ]
     )
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN: null instead."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    return [_finite(v) for v in value] if isinstance(value, list | tuple) else value
 
 
 def _some(problems: Sequence[Problem]) -> str:
@@ -871,7 +858,7 @@ def _prompt_report(
     numbers: dict[str, Any],
     problems: Mapping[str, Sequence[Problem]],
 ) -> PromptReport:
-    parts = [f"# {title}", _md_table(header, rows)]
+    parts = [f"# {title}", markdown_table(header, rows)]
     parts.append(
         "In brackets: 95 % bootstrap intervals over prompts. Published: Baidu's README of ERNIE-Image; its detector, "
         "OCR, settings and seeds may differ from yours."
@@ -881,4 +868,4 @@ def _prompt_report(
             parts.append(f"## {column}: {len(found)} problems")
             parts.append("\n".join(f"- {p}" for p in found[:100]))
     picture = draw_table(header, rows, title=title)
-    return PromptReport(text="\n\n".join(parts) + "\n", picture=picture, numbers=_finite(numbers))
+    return PromptReport(text="\n\n".join(parts) + "\n", picture=picture, numbers=finite(numbers))

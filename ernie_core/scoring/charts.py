@@ -169,6 +169,74 @@ def draw_bars(
     return chart.pixels()
 
 
+def draw_intervals(
+    rows: Sequence[tuple[str, Sequence[tuple[float, float, float] | None]]],
+    names: Sequence[str],
+    *,
+    title: str = "",
+    label: str = "",
+    width: int = 900,
+) -> np.ndarray:
+    """Shares in 0..1 with their intervals, a row per label and in it a dot and a line per name, in its colour.
+
+    An entry is (value, low, high), None where there is nothing; ends that are not finite are not drawn.
+    """
+    row_px = 12 + 13 * max(1, len(names))
+    chart = _Chart(width, 100 + row_px * max(1, len(rows)), title)
+    if not rows:
+        return chart.empty()
+    chart.left = 24 + min(width // 3, max(text_width(name, TEXT_PX) for name, _ in rows))
+    chart.axes(0.0, 1.0, 0.0, float(len(rows)), x_label=label, grid_y=False)
+    for i, (name, values) in enumerate(rows):
+        top = chart.at(0.0, len(rows) - i)[1]
+        if i % 2:
+            chart.pen.line((chart.left, top, chart.right, top), fill=_GRID)
+        write(chart.pen, (12, top + row_px / 2 - 8), fit(name, chart.left - 20, TEXT_PX))
+        for j, entry in enumerate(values):
+            if entry is None or not math.isfinite(entry[0]):
+                continue
+            y = top + row_px * (j + 1) / (len(names) + 1)
+            ends = [chart.at(end, 0.0)[0] for end in entry[1:] if math.isfinite(end)]
+            if len(ends) == 2:
+                chart.pen.line((ends[0], y, ends[1], y), fill=_colour(j), width=3)
+            x = chart.at(entry[0], 0.0)[0]
+            chart.pen.ellipse((x - 5, y - 5, x + 5, y + 5), fill=_colour(j), outline=PAPER)
+    chart.legend(names)
+    return chart.pixels()
+
+
+def draw_shares(
+    rows: Sequence[tuple[str, Sequence[float]]],
+    names: Sequence[str],
+    *,
+    title: str = "",
+    label: str = "",
+    width: int = 900,
+) -> np.ndarray:
+    """Shares that add up to 1 as one bar per row, a piece per name in its colour, with its per cent where it fits."""
+    row_px = 26
+    chart = _Chart(width, 100 + row_px * max(1, len(rows)), title)
+    if not rows:
+        return chart.empty()
+    chart.left = 24 + min(width // 3, max(text_width(name, TEXT_PX) for name, _ in rows))
+    chart.axes(0.0, 1.0, 0.0, float(len(rows)), x_label=label, grid_y=False)
+    for i, (name, shares) in enumerate(rows):
+        middle = chart.at(0.0, len(rows) - i - 0.5)[1]
+        write(chart.pen, (12, middle - 8), fit(name, chart.left - 20, TEXT_PX))
+        start = 0.0
+        for j, share in enumerate(shares):
+            a, b = chart.at(start, 0.0)[0], chart.at(start + share, 0.0)[0]
+            start += share
+            if b - a < 1:
+                continue
+            chart.pen.rectangle((a, middle - 9, b, middle + 9), fill=_colour(j), outline=PAPER)
+            text = f"{100 * share:.0f} %"
+            if text_width(text, TEXT_PX) + 8 < b - a:
+                write(chart.pen, ((a + b - text_width(text, TEXT_PX)) / 2, middle - 8), text, fill=PAPER)
+    chart.legend(names)
+    return chart.pixels()
+
+
 def draw_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, title: str = "") -> np.ndarray:
     """A table; cells that are numbers stand on the right of their column.
 

@@ -567,7 +567,7 @@ def progress(store: sqlite3.Connection, id_: int) -> Progress:
             "SELECT at FROM actions WHERE tournament=? AND undone IS NULL ORDER BY id DESC LIMIT 21", (id_,)
         )
     ]
-    gaps = [a - b for a, b in itertools.pairwise(times) if 0 <= a - b < PAUSE_S]
+    pace = seconds_each(times)
     return Progress(
         id=id_,
         name=row["name"],
@@ -581,10 +581,16 @@ def progress(store: sqlite3.Connection, id_: int) -> Progress:
         num_pictures=row["num_pictures"],
         calibration_right=right,
         calibration_total=total,
-        seconds_left=statistics.median(gaps) * left if gaps else None,
+        seconds_left=None if pace is None else pace * left,
         can_undo=_last_action(store, row) is not None,
         last_answer=times[0] if times else None,
     )
+
+
+def seconds_each(times: Sequence[float]) -> float | None:
+    """What an answer takes by the times of the last ones, latest first, breaks left out; None before there are two."""
+    gaps = [a - b for a, b in itertools.pairwise(times) if 0 <= a - b < PAUSE_S]
+    return statistics.median(gaps) if gaps else None
 
 
 def list_tournaments(store: sqlite3.Connection) -> list[Progress]:

@@ -7,8 +7,6 @@ tie counts as half a win.
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -26,6 +24,7 @@ from .charts import Cell, contact_sheet, draw_table, stack_pictures
 from .metrics import FEW_IMAGES, Interval, ratio_interval, wilson
 from .pairs import read_prompt, read_settings
 from .scorer import Scorer, to_rgb
+from .tables import csv_table
 
 Better = Literal["after", "before", "tie"]
 _POINTS: dict[Better, float] = {"after": 1.0, "tie": 0.5, "before": 0.0}
@@ -325,22 +324,14 @@ def _percent(interval: Interval) -> str:
 def prompt_table(rates: Sequence[WinRate]) -> str:
     """CSV: a row per judge and prompt."""
     rows = [(r.judge, p.prompt, p.count, p.wins, p.ties, p.losses, f"{p.rate:.6f}") for r in rates for p in r.prompts]
-    return _to_csv(("judge", *HEADER), rows)
+    return csv_table(("judge", *HEADER), rows)
 
 
 def comparison_table(rates: Sequence[WinRate]) -> str:
     """CSV: a row per comparison, which says on which side each file is and which one was better."""
     columns = ("prompt", "seed", "before", "after", "before_value", "after_value", "better")
     rows = [(r.judge, *(getattr(c, name) for name in columns)) for r in rates for c in r.comparisons]
-    return _to_csv(("judge", *columns), rows)
-
-
-def _to_csv(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    out = io.StringIO(newline="")
-    writer = csv.writer(out)
-    writer.writerow(header)
-    writer.writerows(["" if cell is None else cell for cell in row] for row in rows)
-    return out.getvalue()
+    return csv_table(("judge", *columns), rows)
 
 
 def to_json(rates: Sequence[WinRate], *, before: str, after: str, matches: int, problems: Sequence[str]) -> str:
