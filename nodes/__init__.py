@@ -42,6 +42,7 @@ class ErnieExtension(ComfyExtension):
             ErnieLoadVAE,
         )
         from .lora import ErnieConvertLora, ErnieExtractLora, ErnieLoadLora, ErnieMergeLora, ErnieResizeLora
+        from .mixing import ErnieSamplingPlan
         from .recipes import ErnieRecipe, ErnieRecipeDPO, ErnieTrainingModels
         from .regions import ErnieRegionalPrompt
         from .sampling import ErnieEmptyLatent, ErnieSampler, ErnieSamplerSelect, ErnieSigmas
@@ -104,6 +105,7 @@ class ErnieExtension(ComfyExtension):
             ErnieDatasetImages,
             ErniePairsFolder,
             ErnieTrainingModels,
+            ErnieSamplingPlan,
             ErnieRecipe,
             ErnieRecipeDPO,
             ErnieTeacherTable,

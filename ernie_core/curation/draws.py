@@ -24,11 +24,11 @@ from typing import Any
 import numpy as np
 
 from ..errors import ErnieError
-from .manifest import PARQUET, Row, read_rows, replacing
+from .manifest import PARQUET, Row, count_rows, read_rows, replacing
 from .sampling import Pool, Sampling, category_shares, inside_shares, make_pool
 
-OnProgress = Callable[[int, str], None]
-"""Called with (rows done, what)."""
+OnProgress = Callable[[int, int, str], None]
+"""Called with (rows done, rows, what)."""
 
 ONE_CATEGORY = "(all)"
 _FORMAT = 1
@@ -102,10 +102,11 @@ def read_pool(manifest: Path, *, depth: int = 0, on_progress: OnProgress | None 
     rows, categories, scores = array("I"), array("i"), array("f")
     offsets = array("q")
     left_out: Counter[str] = Counter()
+    total = count_rows(manifest) if on_progress is not None and manifest.is_file() else 0
     starts = itertools.repeat(0) if manifest.suffix.lower() == PARQUET else line_starts(manifest)
     for number, (row, start) in enumerate(zip(read_rows(manifest), starts, strict=False)):
         if on_progress is not None and number % _REPORT_EVERY == 0:
-            on_progress(number, "reading the manifest")
+            on_progress(number, total, "reading the manifest")
         offsets.append(start)
         reason = _why_not(row)
         if reason:

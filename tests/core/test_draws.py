@@ -163,10 +163,10 @@ def test_a_full_disk_leaves_nothing_half_written(manifest, monkeypatch, where):
 def test_making_a_pool_tells_how_far_it_is_and_can_be_stopped(manifest, monkeypatch):
     monkeypatch.setattr(module, "_REPORT_EVERY", 100)
     said = []
-    open_pool(manifest, on_progress=lambda done, what: said.append((done, what)))
-    assert said == [(done, "reading the manifest") for done in (0, 100, 200)]
+    open_pool(manifest, on_progress=lambda *call: said.append(call))
+    assert said == [(done, 300, "reading the manifest") for done in (0, 100, 200)]
 
-    def stop(done, _what):
+    def stop(done, _total, _what):
         if done:
             raise KeyboardInterrupt
 

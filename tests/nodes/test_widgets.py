@@ -253,6 +253,11 @@ def test_no_widget_is_left_out_above(node_classes, recording):
         for item in node_classes["ErnieXYGrid"].GET_SCHEMA().inputs
         if item.get_io_type() in ("COMBO", "BOOLEAN", "STRING", "INT", "FLOAT")
     }
+    elsewhere |= {  # all of these in test_mixing.py, with a manifest
+        ("ErnieSamplingPlan", item.id)
+        for item in node_classes["ErnieSamplingPlan"].GET_SCHEMA().inputs
+        if item.get_io_type() in ("COMBO", "BOOLEAN", "STRING", "INT", "FLOAT")
+    }
     # in test_adviser.py, with model files
     elsewhere |= {("ErnieHardwareAdviser", name) for name in ("width", "height", "text_tokens", "card")}
     everything = {
