@@ -80,6 +80,7 @@ LEVELS = [
     {"curation.taxonomy", "curation.image_text", "curation.long_tail"},
     {"curation.categories", "curation.answers", "curation.vision_language"},
     {"curation.builtin_labels", "curation.asked_categories", "curation.own_labels", "curation.captions"},
+    {"curation.styles", "curation.scores"},
     {"evaluation.distances", "evaluation.prompt_sets", "evaluation.features"},
     {"evaluation.verdicts"},
     {"evaluation.rates", "evaluation.verdict_store"},

@@ -30,6 +30,7 @@ import torch
 from PIL import Image
 
 from ..enhancing.server import ChatServer, Ending, ServerRefused
+from ..enhancing.writing import PRESETS
 from ..errors import CheckpointError, ErnieError
 from ..scoring.network import DTYPES, Place, require_transformers, stay
 from .image_text import first_line, model_key
@@ -41,10 +42,11 @@ PRECISIONS = ("default", "bf16", "fp16", "fp32")
 
 @dataclass(frozen=True)
 class Question:
-    """A text, and the picture that it is about."""
+    """A text, the picture that it is about, and an instruction that comes before."""
 
     text: str
-    picture: Image.Image
+    picture: Image.Image | None = None
+    system: str = ""
 
 
 class Writer(Protocol):
@@ -135,18 +137,7 @@ class LocalWriter:
     @torch.inference_mode()
     def _generate(self, questions: Sequence[Question], seed: int, temperature: float, most: int) -> list[str]:
         network, processor, bring = self._load()
-        talks = [
-            [
-                {
-                    "role": "user",
-                    "content": [
-                        {"type": "image", "image": fit_picture(question.picture, self.max_side_px)},
-                        {"type": "text", "text": question.text},
-                    ],
-                }
-            ]
-            for question in questions
-        ]
+        talks = [[{"role": "user", "content": self._content(question)}] for question in questions]
         options: dict[str, Any] = {"padding": True}
         if "processor_kwargs" in inspect.signature(processor.apply_chat_template).parameters:  # by version
             options = {"processor_kwargs": options}
@@ -163,6 +154,13 @@ class LocalWriter:
             text.strip()
             for text in processor.batch_decode(ids_BS[:, given["input_ids"].shape[1] :], skip_special_tokens=True)
         ]
+
+    def _content(self, question: Question) -> list[dict[str, Any]]:
+        # many of these models have no place for a system message
+        text = {"type": "text", "text": "\n\n".join(filter(None, (question.system, question.text)))}
+        if question.picture is None:
+            return [text]
+        return [{"type": "image", "image": fit_picture(question.picture, self.max_side_px)}, text]
 
     def _stops(self, ids_BS: torch.Tensor, _scores: Any, **_: Any) -> torch.Tensor:
         self._check()
@@ -437,7 +435,9 @@ class ServerWriter:
             while wait := self.ledger.ask(self.limits):
                 self.server.wait(wait)
             settings = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed % 2**31}
-            text, ending = self.server.ask([{"role": "user", "content": self._content(question)}], **settings)
+            said = [{"role": "system", "content": question.system}] if question.system else []
+            said.append({"role": "user", "content": self._content(question)})
+            text, ending = self.server.ask(said, **settings)
             self.ledger.answered(ending)
         except ServerRefused as e:
             if e.status in FATAL:
@@ -447,11 +447,33 @@ class ServerWriter:
             return e
         return text
 
-    def _content(self, question: Question) -> list[dict[str, Any]]:
+    def _content(self, question: Question) -> Any:
+        if question.picture is None:
+            return question.text
         file = io.BytesIO()
         fit_picture(question.picture, self.max_side_px).save(file, "JPEG", quality=self.quality)
         url = "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
         return [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": question.text}]
+
+
+class EnhancerWriter:
+    """A loaded prompt enhancer, asked about texts only."""
+
+    def __init__(self, enhancer: Any):
+        """`enhancer`: what the ERNIE_ENHANCER socket carries."""
+        self.enhancer = enhancer
+
+    def key(self) -> str:
+        return f"enhancer {self.enhancer.fingerprint}"
+
+    def write(
+        self, questions: Sequence[Question], *, seeds: Sequence[int], temperature: float, max_tokens: int
+    ) -> list[str | ErnieError]:
+        settings = PRESETS["diffusers"] | {"temperature": temperature, "max_new_tokens": max_tokens}
+        return [
+            self.enhancer.enhance_variants(q.text, 1024, 1024, seeds=[seed], system=q.system, **settings)[0]
+            for q, seed in zip(questions, seeds, strict=True)
+        ]
 
 
 def question_seed(seed: int, row: str, attempt: int) -> int:

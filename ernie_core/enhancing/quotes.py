@@ -33,6 +33,11 @@ def quoted_texts(prompt: str) -> list[str]:
     return list(dict.fromkeys(text.strip() for text in found if text.strip()))
 
 
+def quoted_spans(prompt: str) -> list[tuple[int, int]]:
+    """(start, end) of everything between quotation marks, marks included, in order."""
+    return [match.span() for match in _QUOTED.finditer(prompt)]
+
+
 def missing_texts(prompt: str, answer: str) -> list[str]:
     """The quoted texts of `prompt` that `answer` does not hold verbatim."""
     return [text for text in quoted_texts(prompt) if text not in answer]

@@ -1,6 +1,5 @@
 """Captions: what is asked, what becomes of answers, tries and failures, and the stage; and categories by asking."""
 
-import json
 import pickle
 
 import numpy as np
@@ -19,6 +18,7 @@ from ernie_pack.ernie_core.errors import ErnieError
 from ernie_pack.tiny.scenes import all_scenes, canonical_caption, draw
 from PIL import Image
 from tiny_image_text import write_vlm_folder
+from told_writer import Told
 
 PICTURE = Image.new("RGB", (8, 8))
 GOOD = {
@@ -31,22 +31,6 @@ GOOD = {
     "tags": ["poster", "sale"],
     "prompt": "sale poster",
 }
-
-
-class Told:
-    """A writer that answers as told, one list of answers per call; the last one repeats."""
-
-    def __init__(self, *calls):
-        self.calls, self.asked = list(calls), []
-
-    def key(self):
-        return "told"
-
-    def write(self, questions, *, seeds, temperature, max_tokens):
-        self.asked.append(([q.text for q in questions], list(seeds), temperature, max_tokens))
-        answers = self.calls.pop(0) if len(self.calls) > 1 else self.calls[0]
-        assert len(answers) == len(questions)
-        return [json.dumps(a) if isinstance(a, dict) else a for a in answers]
 
 
 def describe(*calls, rows=None, **options):
