@@ -13,7 +13,7 @@ Source of elastic depth: ERNIE 5.0, arXiv 2602.04705, section 3.3.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
@@ -29,6 +29,8 @@ from ..model.rope import RopeTable
 from ..weights.quantise import QuantisedLinear, multiply_out
 from .adapters import ActiveViews
 
+OnBlock = Callable[[int, Tensor], None]
+"""on_block(index, x_BSD)"""
 _ALIGNMENT = 256  # bytes; what the fastest copies and matrix kernels ask for
 
 
@@ -172,6 +174,17 @@ def run_blocks(*, checkpoint: bool = True, skip: Collection[int] = (), stream: B
         return run_checkpointed(run, x_BSD, use_reentrant=False, context_fn=lambda: (nullcontext(), again()))
 
     return run_block
+
+
+def watched(run_block: RunBlock, on_block: OnBlock) -> RunBlock:
+    """`run_block`, telling `on_block` what each block gave."""
+
+    def run(index: int, block: nn.Module, x_BSD: Tensor, *others: Any) -> Tensor:
+        x_BSD = run_block(index, cast(Block, block), x_BSD, *others)
+        on_block(index, x_BSD)
+        return x_BSD
+
+    return cast(RunBlock, run)
 
 
 def skip_list(num_layers: int, count: int) -> tuple[int, ...]:

@@ -14,12 +14,13 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from ..model.attention import attention
+from ..model.dit import DiT
 from ..sampling.latents import mix_noise
 from ..sampling.samplers import sample_euler
 from ..sampling.schedule import make_sigmas
@@ -28,7 +29,10 @@ from .adapters import Adapter, Views
 from .caching import component_hash
 from .distillation import (
     Health,
+    PooledHead,
     clean_estimate,
+    critic_loss,
+    deceiver_loss,
     direction,
     guidance,
     matching_health,
@@ -52,7 +56,7 @@ def make_distil(job: Job, recipe: Recipe, views: Views, empty_text: Tensor, devi
     Raises:
         ErnieError: a LoRA that cannot be read or is for another model.
     """
-    fake, model = recipe.distil.fake, views.model
+    fake, model = recipe.distil.fake, cast(DiT, views.model)
     start = fake.initial_lora or recipe.initial_lora
     if start:
         adapter = _read_adapter(start, views, device, trainable=True)
@@ -64,10 +68,14 @@ def make_distil(job: Job, recipe: Recipe, views: Views, empty_text: Tensor, devi
         if teacher.lora:
             views.add(_view_name(teacher), _read_adapter(teacher.lora, views, device, trainable=False))
     config = OptimiserConfig(lr=fake.lr, betas=fake.betas, clip=fake.clip, warmup=0, schedule="constant")
+    head = None
+    if recipe.distil.gan_weight:
+        head = PooledHead(model.config.hidden_size, seed=recipe.seed).to(device)
     return Distil(
         recipe,
         empty_text=empty_text,
-        fake=Learner(adapter, config, steps=recipe.steps),
+        fake=Learner(adapter, config, steps=recipe.steps, head=head),
+        middle=len(model.layers) // 2,
         trajectories=_open_trajectories(job, recipe),
         device=device,
     )
@@ -110,14 +118,22 @@ class Distil(Objective):
 
     metric_names = (
         *("loss_fake", "fake_fresh", "fake_seen", "loss_dm", "loss_ca", "anchor"),
-        *("dm_cos", "dm_mag_ratio", "x_std", "trajectory"),
+        *("gan", "critic", "dm_cos", "dm_mag_ratio", "x_std", "trajectory"),
     )
 
     def __init__(
-        self, recipe: Recipe, *, empty_text: Tensor, fake: Learner, trajectories: TrajectoryCache, device: torch.device
+        self,
+        recipe: Recipe,
+        *,
+        empty_text: Tensor,
+        fake: Learner,
+        trajectories: TrajectoryCache,
+        device: torch.device,
+        middle: int = 0,
     ):
+        """`middle`: the block whose output the critic sees."""
         self.recipe, self.config, self.empty_text = recipe, recipe.distil, empty_text
-        self.learners = {"fake": fake}
+        self.learners, self.middle = {"fake": fake}, middle
         self.device = device
         self.grid = self.config.grid()
         self.health = Health()
@@ -159,6 +175,10 @@ class Distil(Objective):
         losses = matching_loss(x, push)
         if anchor is not None:
             losses = losses + config.anchor_weight * anchor
+        if config.gan_weight:
+            deceived = self._deceive(batch, x, velocity)
+            sums.add("gan", deceived)
+            losses = losses + config.gan_weight * deceived
         return losses * batch.weights_B.to(losses)
 
     def paint(self, batch: Batch, velocity: Velocity, x: Tensor, chosen: int, *, first: int = 0) -> Tensor:
@@ -223,15 +243,17 @@ class Distil(Objective):
         """The teachers' velocities [N, C, H, W] of each sample, from the cache or computed and kept."""
         cache = self.trajectories
         keys = [cache.key(name, turn, tag) for (name, turn), tag in zip(names, batch.tags, strict=True)]
-        if not all(map(cache.has, keys)):
+        missing = [i for i, key in enumerate(keys) if not cache.has(key)]
+        if missing:
+            asked, substeps = batch.take(missing), self.config.trajectory_substeps
             found = teacher_velocities(
-                lambda x, sigma: self.teach(batch, x, sigma, velocity),
-                noise.to(self.device),
+                lambda x, sigma: self.teach(asked, x, sigma, velocity),
+                noise[missing].to(self.device),
                 self.grid,
-                substeps=self.config.trajectory_substeps,
+                substeps=substeps,
             )
-            for i, key in enumerate(keys):
-                cache.keep(key, found[:, i])
+            for place, i in enumerate(missing):
+                cache.keep(keys[i], found[:, place])
         return [cache.velocities(key) for key in keys]
 
     def _place(self, number: int) -> int:
@@ -317,10 +339,35 @@ class Distil(Objective):
         noise = self._noise(batch, "fake", turn.index).to(x)
         sigmas = self._sigmas(batch, config.fake.sigmas, "fake", turn.index)
         noisy = mix_noise(x, noise, sigmas.to(x)[:, None, None, None])
-        predicted = velocity(noisy, sigmas, batch.texts, ("fake",), attention)
+        predicted, judged = self._judge(batch, noisy, sigmas, velocity)
         losses = sft_loss(predicted, noise - x)
         sums.add("fake_seen" if turn.index else "fake_fresh", losses)
+        if config.gan_weight:
+            assert batch.latents_BCHW is not None
+            real = mix_noise(batch.latents_BCHW.to(x), noise, sigmas.to(x)[:, None, None, None])
+            critic = critic_loss(self._judge(batch, real, sigmas, velocity)[1], judged)
+            sums.add("critic", critic)
+            losses = losses + config.gan_weight * critic
         return losses * batch.weights_B.to(losses)
+
+    # --- the critic ---
+
+    def _judge(self, batch: Batch, noisy: Tensor, sigmas: Tensor, velocity: Velocity) -> tuple[Tensor, Tensor]:
+        """(the fake network's velocity, the critic's logit [B] that the picture is real; zeros without a critic)."""
+        head, seen = self.learners["fake"].head, []
+
+        def keep(index: int, x_BSD: Tensor) -> None:
+            if index == self.middle:
+                seen.append(x_BSD)
+
+        predicted = velocity(noisy, sigmas, batch.texts, ("fake",), attention, on_block=keep if head else None)
+        tokens = batch.shape_CHW[1] * batch.shape_CHW[2]
+        return predicted, head(seen[0], tokens) if head else torch.zeros(len(noisy))
+
+    def _deceive(self, batch: Batch, x: Tensor, velocity: Velocity) -> Tensor:
+        """Loss [B] of the student before the critic; the gradient that the critic gets of it is thrown away."""
+        sigmas, noisy = self._renoise(batch, x, self.config.noise, "gan")
+        return deceiver_loss(self._judge(batch, noisy, sigmas, velocity)[1])
 
     def _remember(self, batch: Batch, x: Tensor) -> None:
         self.painted |= dict(zip(batch.numbers, x.detach().unbind(), strict=True))

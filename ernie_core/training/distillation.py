@@ -25,7 +25,8 @@ from itertools import pairwise
 from typing import Literal
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from ..config import BASE, TURBO
 from ..errors import ErnieError
@@ -89,6 +90,8 @@ class DistilConfig:
     """In place of steps and shift: any grid, falling from 1 to 0."""
     cfg: float = BASE.cfg
     """Guidance of teachers that have none of their own, in the usual form; 1 = none."""
+    prompts: str = ""
+    """What to paint, one prompt per line (`prompts.read_prompts`); empty: the captions of the job's dataset."""
     table: TeacherTable = field(default_factory=TeacherTable)
     """Who teaches what; without rules the base teaches everything."""
     form: Form = "plain"
@@ -119,6 +122,9 @@ class DistilConfig:
     """Teacher steps that the start is taken from ..."""
     anchor_of: int = 12
     """... of a grid of so many."""
+    gan_weight: float = 0.0
+    """Weight of a critic that tells the student's pictures from the dataset's by the fake network's features; 0 = off,
+    0.005 in DMD2, 0.03 in FastGen. Needs a dataset of pictures."""
     patience: int = 50
     """Steps that a sign of ill health must last before the alarm; see `Health`."""
     stop_on_alarm: bool = False
@@ -144,8 +150,9 @@ class DistilConfig:
         for where, sampling in (("noise", self.noise), ("fake.sigmas", self.fake.sigmas)):
             if sampling.kind == "weighted":
                 raise ErnieError(f"distil.{where}: the kind weighted weighs losses, which these have none of.")
-        if self.anchor_weight < 0:
-            raise ErnieError(f"distil.anchor_weight must be 0 (off) or more, got {self.anchor_weight:g}.")
+        for name in ("anchor_weight", "gan_weight"):
+            if not getattr(self, name) >= 0:
+                raise ErnieError(f"distil.{name} must be 0 (off) or more, got {getattr(self, name):g}.")
         if self.anchor_weight and not 1 <= self.anchor_steps < self.anchor_of:
             raise ErnieError(
                 f"distil.anchor_steps must lie between 1 and anchor_of - 1 = {self.anchor_of - 1}, got "
@@ -218,6 +225,37 @@ def matching_health(x: Tensor, x0_real: Tensor, x0_fake: Tensor) -> dict[str, Te
         "dm_mag_ratio": taken.norm(dim=1) / length,
         "x_std": x.flatten(1).std(dim=1),
     }
+
+
+class PooledHead(nn.Module):
+    """Logit [B] that features come from a real picture: their mean over the image's tokens, and two layers.
+
+    Pooled, because a head that judges every token froze the poses in others' hands. Its start is a function of `seed`.
+    """
+
+    def __init__(self, width: int, *, seed: int):
+        super().__init__()
+        generator = make_generator("gan head", seed)
+        self.norm = nn.LayerNorm(width)
+        self.inner, self.out = nn.Linear(width, width), nn.Linear(width, 1)
+        with torch.no_grad():
+            for layer in (self.inner, self.out):
+                layer.weight.copy_(torch.randn(layer.weight.shape, generator=generator) / math.sqrt(width))
+                layer.bias.zero_()
+
+    def forward(self, features_BSD: Tensor, tokens: int) -> Tensor:
+        pooled = features_BSD[:, :tokens].float().mean(1)
+        return self.out(F.silu(self.inner(self.norm(pooled)))).flatten()
+
+
+def critic_loss(real_B: Tensor, painted_B: Tensor) -> Tensor:
+    """Loss [B] of a critic with these logits for pictures and for the student's (non-saturating, as in DMD2)."""
+    return F.softplus(-real_B) + F.softplus(painted_B)
+
+
+def deceiver_loss(painted_B: Tensor) -> Tensor:
+    """Loss [B] of the student before that critic."""
+    return F.softplus(-painted_B)
 
 
 @dataclass

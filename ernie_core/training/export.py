@@ -127,6 +127,7 @@ def _without_paths(recipe: Recipe) -> dict:
     values["models"] = {kind: Path(path).name for kind, path in values["models"].items()}
     for name in ("initial_lora", "reference_lora"):
         values[name] = Path(values[name]).name
+    values["distil"]["prompts"] = ""  # `data_hash` says which
     values["distil"]["fake"]["initial_lora"] = Path(values["distil"]["fake"]["initial_lora"]).name
     for teacher in values["distil"]["table"]["teachers"]:
         teacher["lora"] = Path(teacher["lora"]).name

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ from .world import World
 
 OnEvent = Callable[[Mapping[str, Any]], None]
 Data = Dataset | Pairs | Prompts
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,28 +58,31 @@ class Batch:
 
     def split(self) -> list[Batch]:
         """The same samples, one per batch."""
-        rows = range(len(self.numbers))
+        return [self.take([i]) for i in range(len(self.numbers))]
 
-        def row(tensor: Tensor | None, i: int) -> Tensor | None:
-            return None if tensor is None else tensor[i : i + 1]
+    def take(self, rows: Sequence[int]) -> Batch:
+        """Some of the samples."""
 
-        return [
-            Batch(
-                numbers=self.numbers[i : i + 1],
-                keys=self.keys[i : i + 1],
-                tags=self.tags[i : i + 1],
-                captions=self.captions[i : i + 1],
-                shape_CHW=self.shape_CHW,
-                latents_BCHW=row(self.latents_BCHW, i),
-                lose_BCHW=row(self.lose_BCHW, i),
-                texts=self.texts[i : i + 1],
-                masks_BHW=row(self.masks_BHW, i),
-                regions_BHW=row(self.regions_BHW, i),
-                keyword_columns=self.keyword_columns[i : i + 1],
-                weights_B=self.weights_B[i : i + 1],
-            )
-            for i in rows
-        ]
+        def some(values: tuple[T, ...]) -> tuple[T, ...]:
+            return tuple(values[i] for i in rows)
+
+        def row(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor[list(rows)]
+
+        return replace(
+            self,
+            numbers=some(self.numbers),
+            keys=some(self.keys),
+            tags=some(self.tags),
+            captions=some(self.captions),
+            latents_BCHW=row(self.latents_BCHW),
+            lose_BCHW=row(self.lose_BCHW),
+            texts=some(self.texts),
+            masks_BHW=row(self.masks_BHW),
+            regions_BHW=row(self.regions_BHW),
+            keyword_columns=some(self.keyword_columns),
+            weights_B=self.weights_B[list(rows)],
+        )
 
 
 class Feed:
@@ -97,7 +101,7 @@ class Feed:
         entries = data.pairs if isinstance(data, Pairs) else data.items
         self.hash = file_hash(job.manifest_path)[:16]
         self.items = len(entries)
-        self.shows_pictures = recipe.objective != "distil"
+        self.shows_pictures = recipe.objective != "distil" or recipe.distil.gan_weight > 0
         self.trigger = data.options.rules.trigger or next((e.rules.trigger for e in entries if e.rules.trigger), "")
         self.plan = BatchPlan(
             entries,

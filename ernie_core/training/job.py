@@ -61,6 +61,10 @@ def create_job(folder: Path | str, recipe: Recipe, data: Data, *, start_over: bo
         ErnieError: data of another kind than the objective's; a process trains in the folder; or it has trained with
             other settings or other data.
     """
+    if recipe.distil.prompts and not isinstance(data, Prompts):
+        raise ErnieError("the recipe has prompts of its own (distil.prompts): leave the dataset out, or the prompts.")
+    if recipe.distil.gan_weight and isinstance(data, Prompts):
+        raise ErnieError("distil.gan_weight needs real pictures: connect a dataset of pictures, or set it to 0.")
     kinds, needed = TRAINED_ON[recipe.objective]
     if not isinstance(data, kinds):
         raise ErnieError(f"the objective {recipe.objective} needs {needed}, got {type(data).__name__.lower()}.")
@@ -98,9 +102,7 @@ def read_job_file(path: Path | str) -> tuple[Recipe, Data]:
     """Recipe and data of a job.toml: a recipe with one table [data], or several [[data]] that are joined.
 
     A data table has `path` (relative to the file), optionally `format`, and the settings of `DatasetOptions`; those of
-    `CaptionRules` (trigger, dropout, ...) may stand beside them. For the objective distil it has `prompts` instead, a
-    text with a prompt per line or the name of a .txt file with one (see `read_prompts`), or pictures whose captions
-    are the prompts.
+    `CaptionRules` (trigger, dropout, ...) may stand beside them. A recipe with [distil] prompts needs no data table.
 
     Raises:
         ErnieError: not TOML, a setting that does not exist, or data that cannot be used.
@@ -111,11 +113,12 @@ def read_job_file(path: Path | str) -> tuple[Recipe, Data]:
     except (OSError, UnicodeDecodeError) as e:
         raise ErnieError(f"{path} cannot be read: {e}") from e
     tables = values.pop("data", None)
+    if not tables and values.get("distil", {}).get("prompts"):
+        recipe = recipe_from_dict(_absolute_models(values, path.parent))
+        return recipe, own_prompts(recipe)
     if not tables:
         raise ErnieError(f'{path.name} needs a table [data] with at least path = "folder".')
     recipe = recipe_from_dict(_absolute_models(values, path.parent))
-    if recipe.objective == "distil" and isinstance(tables, dict) and "prompts" in tables:
-        return recipe, _read_prompts_table(tables, path.parent, recipe)
     read = [_read_table(dict(t), path.parent, recipe) for t in (tables if isinstance(tables, list) else [tables])]
     if recipe.objective == "dpo":
         if len(read) > 1:
@@ -139,16 +142,13 @@ def _absolute_models(values: dict[str, Any], base: Path) -> dict[str, Any]:
     return values
 
 
-def _read_prompts_table(table: Mapping[str, Any], base: Path, recipe: Recipe) -> Prompts:
-    prompts = table["prompts"]
-    if len(table) > 1 or not isinstance(prompts, str):
-        raise ErnieError("a [data] table with prompts holds nothing else: a text, or the name of a .txt file.")
-    if prompts.endswith(".txt") and "\n" not in prompts:
-        try:
-            prompts = (base / prompts).read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as e:
-            raise ErnieError(f"the prompts {base / prompts} cannot be read: {e}") from e
-    return read_prompts(prompts, tags=recipe.distil.table.tags)
+def own_prompts(recipe: Recipe) -> Prompts:
+    """The data of a recipe that brings its own prompts, tagged as its table of teachers knows them.
+
+    Raises:
+        ErnieError: it has none.
+    """
+    return read_prompts(recipe.distil.prompts, tags=recipe.distil.table.tags)
 
 
 def _read_table(table: dict[str, Any], base: Path, recipe: Recipe) -> Dataset | Pairs:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..model.attention import AttentionFunction, attention
 from ..sampling.latents import mix_noise
+from .blocks import OnBlock
 from .feed import Batch
 from .learner import Learner
 from .objectives import (
@@ -35,7 +36,22 @@ from .world import Sums
 
 View = tuple[str | Mapping[str, float], ...]
 """What `Views.active` takes: names of adapters, or {name: strength}; () = the base."""
-Velocity = Callable[[Tensor, Tensor, Sequence[Tensor], View, AttentionFunction], Tensor]
+
+
+class Velocity(Protocol):
+    """velocity(x_BCHW, sigmas_B, texts, view, attend): the model's answer with the adapters of `view` on."""
+
+    def __call__(
+        self,
+        x: Tensor,
+        sigmas: Tensor,
+        texts: Sequence[Tensor],
+        view: View,
+        attend: AttentionFunction,
+        *,
+        on_block: OnBlock | None = None,
+    ) -> Tensor: ...
+
 
 ALARM_STEPS = 50
 """Steps in a row with the winner's error above the reference's before the alarm."""

@@ -171,6 +171,10 @@ class Recipe:
             raise ErnieError(
                 f"the settings [distil] belong to the objective distil; leave them out for {self.objective}."
             )
+        if self.objective == "distil" and self.sigmas != SigmaSampling():
+            raise ErnieError("sigmas belong to sft and dpo; distil has its own, distil.noise and distil.fake.sigmas.")
+        if self.objective == "distil" and self.depth.skip:
+            raise ErnieError("depth leaves blocks out of the teachers as well; set depth.skip to 0 for distil.")
         fake_rank = self.distil.fake.rank or self.adapter.rank
         if fake_rank < self.adapter.rank:
             raise ErnieError(

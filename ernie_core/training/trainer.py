@@ -29,7 +29,7 @@ from ..weights.checkpoint import build_vae, read_component
 from ..weights.lora import module_shapes, read_lora
 from .adapters import Adapter, Views
 from .base import load_base
-from .blocks import BlockStream, run_blocks, skip_list
+from .blocks import BlockStream, OnBlock, run_blocks, skip_list, watched
 from .caching import component_hash
 from .distil import make_distil
 from .export import lora_metadata, write_trained
@@ -195,7 +195,8 @@ class Trainer:
             good = math.isfinite(norm) and math.isfinite(found.means(self.world, [turn.loss])[turn.loss])
             if good:
                 learner.update(step)
-            learner.clear()
+            for other in self.learners.values():  # an adversary's loss reaches more than one
+                other.clear()
             if not good:
                 break
         metrics = sums.means(self.world, ("loss", *self.objective.metric_names))
@@ -229,7 +230,13 @@ class Trainer:
         dtype, device = self.model.x_embedder.proj.weight.dtype, self.world.device
 
         def velocity(
-            x: Tensor, sigmas: Tensor, texts: Sequence[Tensor], view: View, attend: AttentionFunction
+            x: Tensor,
+            sigmas: Tensor,
+            texts: Sequence[Tensor],
+            view: View,
+            attend: AttentionFunction,
+            *,
+            on_block: OnBlock | None = None,
         ) -> Tensor:
             text = nn.utils.rnn.pad_sequence([t.to(device, dtype) for t in texts], batch_first=True)
             with self.views.active(*view):
@@ -239,7 +246,7 @@ class Trainer:
                     text,
                     text_lengths=[len(t) for t in texts],
                     attend=attend,
-                    run_block=blocks,
+                    run_block=blocks if on_block is None else watched(blocks, on_block),
                 )
 
         learner.adapter.train()

@@ -10,11 +10,22 @@ from ernie_pack.ernie_core.errors import ErnieError
 from ernie_pack.ernie_core.model.attention import attention
 from ernie_pack.ernie_core.sampling.samplers import sample_euler
 from ernie_pack.ernie_core.training.adapters import Adapter, AdapterConfig
+from ernie_pack.ernie_core.training.dataset import read_dataset
 from ernie_pack.ernie_core.training.distil import Distil
-from ernie_pack.ernie_core.training.distillation import DistilConfig, FakeConfig, clean_estimate, direction, normaliser
+from ernie_pack.ernie_core.training.distillation import (
+    DistilConfig,
+    FakeConfig,
+    Health,
+    PooledHead,
+    clean_estimate,
+    direction,
+    normaliser,
+)
 from ernie_pack.ernie_core.training.feed import Batch
+from ernie_pack.ernie_core.training.job import create_job, own_prompts, status
 from ernie_pack.ernie_core.training.learner import Learner
 from ernie_pack.ernie_core.training.losses import Turn
+from ernie_pack.ernie_core.training.objectives import SigmaSampling
 from ernie_pack.ernie_core.training.prompts import (
     Prompts,
     make_prompt,
@@ -22,7 +33,7 @@ from ernie_pack.ernie_core.training.prompts import (
     read_prompts_manifest,
     write_prompts_manifest,
 )
-from ernie_pack.ernie_core.training.recipe import ModelPaths, OptimiserConfig, Recipe
+from ernie_pack.ernie_core.training.recipe import DepthConfig, ModelPaths, OptimiserConfig, Recipe
 from ernie_pack.ernie_core.training.teachers import Rule, Teacher, TeacherTable
 from ernie_pack.ernie_core.training.trainer import train
 from ernie_pack.ernie_core.training.trajectories import (
@@ -36,7 +47,7 @@ from random_models import write_random_models
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
-from training_jobs import small_job, small_recipe
+from training_jobs import small_job, small_prompts, small_recipe, write_pictures
 
 FAKE = FakeConfig(warmup=0, steps_per_student=2, lr=1e-2)
 EMPTY = torch.full((1, 4), 7.0)
@@ -56,8 +67,10 @@ class AskedModel:
         self.calls = []
         self.scale = nn.Parameter(torch.tensor(0.9))
 
-    def __call__(self, x, sigmas, texts, view, attend):
+    def __call__(self, x, sigmas, texts, view, attend, *, on_block=None):
         assert attend is attention
+        if on_block is not None:
+            on_block(0, x.flatten(2).transpose(1, 2) * self.scale)
         names = tuple(v if isinstance(v, str) else next(iter(v)) for v in view)
         self.calls.append((names, sigmas.clone(), tuple(float(t.mean()) for t in texts), torch.is_grad_enabled()))
         words = torch.tensor([float(t.mean()) for t in texts]).view(-1, 1, 1, 1)
@@ -71,7 +84,8 @@ class AskedModel:
 def make_objective(config, *, folder=None, **changes):
     recipe = Recipe(name="x", models=ModelPaths(transformer="m"), objective="distil", distil=config, **changes)
     adapter = Adapter(nn.ModuleDict({"a": nn.Linear(2, 2)}), AdapterConfig(targets=("a",)), seed=0)
-    fake = Learner(adapter, OptimiserConfig(), steps=4)
+    head = PooledHead(3, seed=0) if config.gan_weight else None
+    fake = Learner(adapter, OptimiserConfig(), steps=4, head=head)
     trajectories = TrajectoryCache(
         folder or "none", teachers="", sigmas=config.grid(), substeps=config.trajectory_substeps
     )
@@ -292,6 +306,21 @@ def test_the_first_steps_are_the_fake_scores_alone():
     ]
 
 
+# --- the critic ---------------------------------------------------------------------------------------------
+
+
+def test_the_critic_learns_from_pictures_and_the_student_from_the_critic():
+    objective, model, sums = make_objective(DistilConfig(steps=2, gan_weight=0.5, fake=FAKE)), AskedModel(), Sums()
+    fake = objective.learners["fake"]
+    batch = replace(make_batch("", ""), latents_BCHW=torch.randn(2, 3, 2, 2))
+    objective.losses(batch, model, sums, Turn(step=0)).sum().backward()
+    assert float(model.scale.grad) != 0
+    fake.clear()
+    objective.losses(batch, model, sums, Turn(step=0, learner="fake")).sum().backward()
+    assert all(float(w.grad.abs().max()) > 0 for w in fake.head.parameters() if w.ndim > 1)
+    assert {"gan", "critic"} <= sums.values.keys()
+
+
 # --- whole runs ---------------------------------------------------------------------------------------------
 
 
@@ -348,9 +377,40 @@ def test_a_lora_teaches(models, tmp_path):
     assert any(not torch.equal(results[0][k], results[1][k]) for k in results[0])
 
 
+def test_a_critic_needs_pictures(models, tmp_path):
+    recipe = small_recipe(models, objective="distil", distil=DistilConfig(gan_weight=0.1))
+    with pytest.raises(ErnieError, match="gan_weight needs real pictures"):
+        create_job(tmp_path / "job", recipe, small_prompts())
+
+
+def test_a_recipe_may_bring_its_prompts(models, tmp_path):
+    table = TeacherTable(rules=(Rule(tags=("shapes",), weights={"base": 1.0}),))
+    recipe = small_recipe(models, objective="distil", distil=DistilConfig(prompts="shapes: a star\nred", table=table))
+    assert own_prompts(recipe).tags == {"shapes": 1, "": 1}
+    write_pictures(tmp_path / "data", count=2)
+    with pytest.raises(ErnieError, match="has prompts of its own"):
+        create_job(tmp_path / "job", recipe, read_dataset(tmp_path / "data"))
+
+
+def test_an_alarm_may_end_the_run(models, tmp_path, monkeypatch):
+    monkeypatch.setattr(Health, "update", lambda self, metrics, *, patience: "it collapses" if metrics else None)
+    recipe = small_recipe(models, objective="distil", distil=DistilConfig(steps=2, fake=FAKE, stop_on_alarm=True))
+    job = small_job(tmp_path / "job", recipe)
+    path = train(job, device="cpu")
+    assert path == job.lora_path
+    assert [e["step"] for e in job.events() if e["event"] == "alarm"] == [1]
+    assert status(job).state == "finished"
+    train(job, device="cpu")
+    assert job.newest_step() == 1
+
+
 def test_settings_of_another_objective_are_not_passed_over(models):
     with pytest.raises(ErnieError, match=r"settings \[distil\] belong to the objective distil"):
         small_recipe(models, distil=DistilConfig(steps=4))
+    with pytest.raises(ErnieError, match="sigmas belong to sft and dpo"):
+        small_recipe(models, objective="distil", sigmas=SigmaSampling(kind="style"))
+    with pytest.raises(ErnieError, match="depth leaves blocks out of the teachers"):
+        small_recipe(models, objective="distil", depth=DepthConfig(skip=1))
     with pytest.raises(ErnieError, match="rank must be at least the student's 8, got 4"):
         small_recipe(
             models, objective="distil", adapter=AdapterConfig(rank=8), distil=DistilConfig(fake=FakeConfig(rank=4))

@@ -86,6 +86,10 @@ RUNS = {
         "objective": "distil",
         "distil": DistilConfig(steps=2, trajectory_steps=3, trajectory_bank=1, fake=FakeConfig(warmup=0, lr=1e-2)),
     },
+    "distil with a critic": {
+        "objective": "distil",
+        "distil": DistilConfig(steps=2, gan_weight=0.1, fake=FakeConfig(warmup=0, lr=1e-2, steps_per_student=1)),
+    },
     "distil with an average": {**DISTIL, "optimiser": OptimiserConfig(lr=1e-2, warmup=1, ema=0.9)},
 }
 

@@ -60,7 +60,7 @@ def small_recipe(models: Path, **changes) -> Recipe:
 
 def small_job(folder: Path, recipe: Recipe, *, count: int = 7) -> Job:
     """A job on drawn pictures, on pairs of them for dpo, or on their captions for distil."""
-    if recipe.objective == "distil":
+    if recipe.objective == "distil" and not recipe.distil.gan_weight:
         return create_job(folder, recipe, small_prompts(count))
     data = folder.parent / f"data-{recipe.objective}-{count}"
     if recipe.objective == "dpo":
