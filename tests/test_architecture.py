@@ -61,6 +61,7 @@ LEVELS = [
     {"training.adapters", "training.blocks", "training.objectives", "training.dataset"},
     {"curation.sources"},
     {"curation.ingest", "curation.filters"},
+    {"curation.export"},
     {"training.pairs", "training.prompts", "training.distillation"},
     {"training.buckets"},
     {"training.base", "training.caching", "training.recipe", "training.optimisers"},
@@ -86,6 +87,7 @@ LEVELS = [
     {"evaluation.rates", "evaluation.verdict_store"},
     {"evaluation.report"},
     {"evaluation.commands"},
+    {"curation.report"},
     {"curation.commands"},
     {"cli"},
 ]

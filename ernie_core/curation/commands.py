@@ -19,7 +19,7 @@ from .ingest import ingest
 def add_commands(parser: argparse.ArgumentParser) -> None:
     """Add a sub-command per stage; each sets `run(args) -> lines to print`."""
     stages = parser.add_subparsers(dest="stage", required=True)
-    for add in (_add_ingest, _add_filter):
+    for add in (_add_ingest, _add_filter, _add_report, _add_export):
         add(stages)
 
 
@@ -89,3 +89,57 @@ def _filter(args: argparse.Namespace) -> Iterator[str]:
         near_bits=args.near_bits,
     )
     yield str(filter_rows(args.source, args.target, filters, on_progress=show_progress))
+
+
+# --- report and export --------------------------------------------------------------------------------------------
+
+
+def _add_report(stages: Any) -> None:
+    command = stages.add_parser(
+        "report", help="counts per stage, failures by row, what filters took out, a contact sheet"
+    )
+    command.add_argument("source", type=Path, help="manifest (.jsonl or .parquet)")
+    command.add_argument("--out", type=Path, help="folder for report.md, problems.jsonl, kept.png and dropped.png")
+    command.set_defaults(run=_report)
+
+
+def _report(args: argparse.Namespace) -> Iterator[str]:
+    from .report import look_over, write_report
+
+    found = look_over(args.source, on_progress=show_progress)
+    if args.out is not None:
+        write_report(found, args.out)
+    yield found.text
+
+
+def _add_export(stages: Any) -> None:
+    command = stages.add_parser("export", help="what was kept, as a folder to train on, WebDataset shards, or a table")
+    command.add_argument("source", type=Path, help="manifest (.jsonl or .parquet)")
+    command.add_argument("target", type=Path, help="folder; of a table, the .parquet or .jsonl file")
+    command.add_argument("--format", choices=("folder", "shards", "table"), default="folder")
+    command.add_argument("--styles", nargs="*", default=[], help="caption styles to write (default: all)")
+    command.add_argument("--shard-mb", type=int, default=1024, help="largest size of a shard, in MB of 1048576 bytes")
+    command.add_argument("--name", default="pictures", help="what shards are called: NAME-000000.tar")
+    command.add_argument("--link", action="store_true", help="hard links in place of copies, in a folder")
+    command.set_defaults(run=_export)
+
+
+def _export(args: argparse.Namespace) -> Iterator[str]:
+    from . import export
+
+    if args.format == "folder":
+        found = export.export_folder(
+            args.source, args.target, styles=args.styles, link=args.link, on_progress=show_progress
+        )
+    elif args.format == "shards":
+        found = export.export_shards(
+            args.source,
+            args.target,
+            name=args.name,
+            shard_bytes=args.shard_mb << 20,
+            styles=args.styles,
+            on_progress=show_progress,
+        )
+    else:
+        found = export.export_table(args.source, args.target, styles=args.styles)
+    yield str(found)

@@ -104,7 +104,7 @@ def run_stage(
     """Write `target`: the rows of `source`, in order, with the stage's columns.
 
     Rows that `source` or an earlier `target` has with the stage's key are not computed again; failed ones are. Rows
-    that a filter dropped, or that lack a column the stage needs, are passed by (`passed_by` says why).
+    that a filter dropped, that have a `problem` or lack a column the stage needs are passed by, and say why.
 
     Args:
         engine: "here" (this process), "processes" (of this machine), "ray" (Ray Data).
@@ -264,6 +264,8 @@ class _Run:
         for row in read_rows(self.source):
             if row.get("kept") is False:
                 yield row, None, None, f"dropped by {row.get('dropped_by') or 'a filter'}"
+            elif row.get("problem") and "problem" not in self.stage.adds:
+                yield row, None, None, "has a problem"
             elif missing := [name for name in self.stage.needs if row.get(name) is None]:
                 yield row, None, None, f"has no {', '.join(missing)}"
             elif row.get("made_by", {}).get(self.stage.name) == self.key:

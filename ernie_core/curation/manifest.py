@@ -143,8 +143,10 @@ def to_line(row: Row) -> bytes:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
+def replacing(path: Path, *, sync: bool = True) -> Iterator[IO[bytes]]:
     """A file to write that takes the place of `path` when the block ends well, and is gone when it does not.
+
+    `sync` False leaves it to the system when it reaches the disk: for files that are checked before they count.
 
     Raises:
         ErnieError: it cannot be written (a full disk, a folder without permission).
@@ -154,8 +156,9 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
         path.parent.mkdir(parents=True, exist_ok=True)
         with part.open("wb") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(part, path)
     except OSError as e:
         raise ErnieError(

@@ -30,7 +30,7 @@ from .manifest import PARQUET, Row, read_bytes, read_rows, read_shard
 TEXTS = (".txt", ".caption", ".json")  # beside a picture of the same stem
 TABLES = ("metadata.jsonl", "metadata.csv", "metadata.json", "captions.json")  # in a folder; the first counts
 _TRAINERS = (".toml", ".yaml", ".yml")
-_OURS = ("modified", "problem", "given")  # never restored from a row that lies beside a picture
+_OURS = ("source", "modified", "problem", "given")  # never restored from a row that lies beside a picture
 
 
 def list_sources(paths: Sequence[Path | str]) -> Iterator[Row]:
@@ -127,7 +127,7 @@ def _read_texts(texts: Iterable[tuple[str, str]], read: Callable[[str], bytes]) 
                 raise ErnieError(f"holds {type(values).__name__}, not an object")
             values: Row
             if isinstance(values.get("made_by"), dict):  # written by our own export: nothing of it is made again
-                columns = {k: v for k, v in values.items() if k not in _OURS}
+                columns = _looked_at_anew({k: v for k, v in values.items() if k not in _OURS})
                 given |= dict(values.get("given") or {})
                 continue
             more, used = captions_from_values(values)
@@ -224,7 +224,7 @@ class _Folder:
                 for _, values in self.table.pop(source, [("", {})]):
                     said, used = captions_from_values(values)
                     more = {k: v for k, v in values.items() if k not in used}
-                    yield {**columns, **_row(source, modified, [*said, *captions], {**concept, **given, **more})}
+                    yield _row(source, modified, [*said, *captions], {**concept, **given, **more}) | columns
 
     def _concept(self, folder: Path) -> Row:
         """What the names of the folders say of the pictures in them."""
@@ -260,7 +260,7 @@ def _list_shard(path: Path) -> Iterator[Row]:
                 captions, given, columns = _read_texts(
                     matched[name], lambda text, prefix=prefix: read_bytes(prefix + text)
                 )
-                yield {**columns, **_row(source, modified, captions, given)}
+                yield _row(source, modified, captions, given) | columns
             elif name in left:
                 yield _refused(source, "it is a caption without a picture", modified)
     if shard.damage:
@@ -289,7 +289,9 @@ def _list_table(path: Path) -> Iterator[Row]:
             continue
         elif isinstance(row.get("source"), str) and "made_by" in row:  # a manifest of ours: it is looked at anew
             source = os.path.normpath(path.parent / row["source"]) if row["source"] else ""
-            yield {**row, "source": source, "modified": _modified(source)}
+            modified = _modified(source)
+            same = modified == row.get("modified")
+            yield {**(row if same else _looked_at_anew(row)), "source": source, "modified": modified}
         else:
             image, values = _split(row)
             if image is None:
@@ -309,6 +311,11 @@ def _list_table(path: Path) -> Iterator[Row]:
                 continue
             given = {k: v for k, v in values.items() if k not in used}
             yield _row(source, _modified(source), captions, given)
+
+
+def _looked_at_anew(row: Row) -> Row:
+    """A manifest's row of which the ingest counts as not done."""
+    return row | {"made_by": {stage: key for stage, key in row["made_by"].items() if stage != "ingest"}}
 
 
 def _modified(source: str) -> int:

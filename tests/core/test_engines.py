@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ROWS = [{"number": i, "text": f"row {i}"} for i in range(41)]
 ROWS[7] = {"text": "no number"}
 ROWS[11] = {**ROWS[11], "kept": False, "dropped_by": "size: too small"}
+ROWS[13] = {**ROWS[13], "problem": "cut"}
 
 
 @pytest.fixture
@@ -48,7 +49,8 @@ def test_rows_get_columns_a_reason_or_a_failure_and_none_is_lost(source, tmp_pat
     assert "not plain JSON" in rows[9]["failed"]["double"]
     assert rows[7] == {**ROWS[7], "passed_by": {"double": "has no number"}}
     assert rows[11]["passed_by"] == {"double": "dropped by size: too small"}
-    assert (summary.rows, summary.made, summary.kept, summary.passed_by, summary.failed) == (41, 39, 0, 2, 3)
+    assert rows[13]["passed_by"] == {"double": "has a problem"}
+    assert (summary.rows, summary.made, summary.kept, summary.passed_by, summary.failed) == (41, 38, 0, 3, 3)
     assert not (tmp_path / "out.jsonl.parts").exists()
 
 
@@ -78,7 +80,7 @@ def test_what_a_stage_cannot_run_without_stops_the_run_and_keeps_what_is_made(so
     with pytest.raises(ErnieError, match="no model there"):
         run_stage(Double(cannot_run="no model there"), source, tmp_path / "out.jsonl", engine=engine, workers=1)
     assert not (tmp_path / "out.jsonl").exists()
-    assert run_stage(Double(), source, tmp_path / "out.jsonl").made == 39
+    assert run_stage(Double(), source, tmp_path / "out.jsonl").made == 38
 
 
 def test_nothing_that_is_there_is_made_again(source, tmp_path):
@@ -86,10 +88,10 @@ def test_nothing_that_is_there_is_made_again(source, tmp_path):
     stage = Double(log=log, fails=(5,))
     run_stage(stage, source, out)
     first = sha(out)
-    assert len(computed(log)) == 39
+    assert len(computed(log)) == 38
     log.unlink()
     summary = run_stage(stage, source, out)  # into the same target
-    assert (computed(log), sha(out), summary.kept) == ([5], first, 38)  # only the failure is tried again
+    assert (computed(log), sha(out), summary.kept) == ([5], first, 37)  # only the failure is tried again
     log.unlink()
     run_stage(stage, out, tmp_path / "again.jsonl")  # the columns came with the source
     assert computed(log) == [5]
@@ -100,11 +102,11 @@ def test_nothing_that_is_there_is_made_again(source, tmp_path):
     run_stage(stage, source, out)
     assert computed(log) == [100, 5, 101]
     assert [r["double"] for r in read_rows(out) if "double" in r] == [
-        2 * r["number"] for r in changed if "number" in r and r["number"] != 5 and "kept" not in r
+        2 * r["number"] for r in changed if "number" in r and r["number"] != 5 and not r.keys() & {"kept", "problem"}
     ]
     log.unlink()
     run_stage(Double(log=log, version=2), source, out)  # another key: all of it
-    assert len(computed(log)) == 39
+    assert len(computed(log)) == 38
 
 
 def test_a_stage_that_failed_leaves_the_columns_that_were_there(tmp_path):
@@ -120,7 +122,7 @@ def test_stopping_keeps_what_is_made(source, tmp_path):
         run_stage(Double(log=log), source, out, should_stop=lambda: asked.append(1) or len(asked) == 3)
     assert not out.exists()
     run_stage(Double(log=log), source, out)
-    assert sorted(computed(log)) == [r["number"] for r in ROWS if "number" in r and "kept" not in r]
+    assert sorted(computed(log)) == [r["number"] for r in ROWS if "number" in r and not r.keys() & {"kept", "problem"}]
     assert sha(out) == sha(tmp_path / "whole.jsonl")
 
 
@@ -141,7 +143,7 @@ def test_a_log_cut_or_torn_anywhere_costs_only_what_is_damaged(source, tmp_path)
     log = tmp_path / "log"
     run_stage(Double(log=log), source, out)
     assert sha(out) == sha(tmp_path / "whole.jsonl")
-    assert len(computed(log)) == 39 - 5 * 4
+    assert len(computed(log)) == 38 - 5 * 4
 
 
 SCRIPT = """
