@@ -397,7 +397,7 @@ def make_options(
     **others,
 ):
     """The engine's `DatasetOptions` from widgets, whose neutral values leave it to the source."""
-    from ..ernie_core.training.captions import CaptionRules
+    from ..ernie_core.training.captions import CaptionRules, read_styles
     from ..ernie_core.training.dataset import DatasetOptions
 
     rules = CaptionRules(
@@ -415,20 +415,6 @@ def make_options(
         mask_floor=mask_floor or None,
         **others,
     )
-
-
-def read_styles(text: str) -> tuple[tuple[str, float], ...]:
-    """`keyword 1, sentence 3` as pairs."""
-    found = []
-    for part in filter(None, (p.strip() for p in text.split(","))):
-        name, _, weight = part.rpartition(" ")
-        try:
-            found.append((name.strip().lower(), float(weight)))
-        except ValueError:
-            name = ""
-        if not name:
-            raise ErnieError(f"styles must be like 'keyword 1, sentence 3' (a kind and its weight), got {part!r}.")
-    return tuple(found)
 
 
 def read_colour(text: str) -> tuple[int, int, int]:

@@ -11,15 +11,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
+from ..errors import ErnieError
 from .engines import Engine
 from .filters import Filters, filter_rows
 from .ingest import ingest
+from .sampling import PRESETS, Quality, Sampling, Scale, Within
 
 
 def add_commands(parser: argparse.ArgumentParser) -> None:
     """Add a sub-command per stage; each sets `run(args) -> lines to print`."""
     stages = parser.add_subparsers(dest="stage", required=True)
-    for add in (_add_ingest, _add_filter, _add_report, _add_export):
+    for add in (_add_ingest, _add_filter, _add_report, _add_plan, _add_export):
         add(stages)
 
 
@@ -143,3 +145,63 @@ def _export(args: argparse.Namespace) -> Iterator[str]:
     else:
         found = export.export_table(args.source, args.target, styles=args.styles)
     yield str(found)
+
+
+# --- plan -------------------------------------------------------------------------------------------------------
+
+
+def _add_plan(stages: Any) -> None:
+    command = stages.add_parser("plan", help="how often each category and picture is drawn, and the dataset for that")
+    command.add_argument("source", type=Path, help="manifest (.jsonl or .parquet) with categories and scores")
+    command.add_argument(
+        "target", type=Path, nargs="?", help="dataset to write (.jsonl), for [data] path of a job.toml; default: none"
+    )
+    command.add_argument("--picture", type=Path, help="PNG of the mix to write")
+    command.add_argument("--preset", choices=PRESETS, help="instead of the settings below")
+    default = Sampling()
+    for name, what in (
+        ("alpha", "exponent of a category's size; 1 = by size, 0 = all alike"),
+        ("gamma", "exponent of a category's quality; 0 = quality does not count"),
+        ("temperature", "of the draw inside a category; 0 = only the best, inf = all alike"),
+    ):
+        command.add_argument(f"--{name}", type=float, help=f"{what} (default: {getattr(default, name):g})")
+    for name, choices in (("quality", Quality), ("scale", Scale), ("within", Within)):
+        command.add_argument(f"--{name}", choices=get_args(choices), help=f"(default: {getattr(default, name)})")
+    command.add_argument("--depth", type=int, default=0, help="parts of a category's path that count (default: all)")
+    command.add_argument("--styles", default="", help="how often each kind of caption, such as 'keyword 1, detailed 3'")
+    command.add_argument("--dropout", type=float, default=0.0, help="share of steps that see the empty prompt")
+    command.add_argument("--trigger", default="", help="word that calls the concept")
+    command.set_defaults(run=_plan)
+
+
+def _plan(args: argparse.Namespace) -> Iterator[str]:
+    from PIL import Image
+
+    from ..training.captions import CaptionRules, read_styles
+    from ..training.items import DatasetOptions, write_manifest
+    from .dataset import read_planned
+    from .draws import open_pool
+    from .manifest import replacing
+    from .mix import draw_mix, plan_mix
+
+    names = ("alpha", "gamma", "temperature", "quality", "scale", "within")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if args.preset and given:
+        raise ErnieError(f"--preset {args.preset!r} says all of it; leave {', '.join(f'--{n}' for n in given)} out.")
+    sampling = PRESETS[args.preset] if args.preset else Sampling(**given)
+    if args.target is None:
+        pool = open_pool(args.source, depth=args.depth, on_progress=show_progress)
+        if args.styles or args.dropout or args.trigger:
+            raise ErnieError("--styles, --dropout and --trigger belong to a dataset: name a TARGET to write it to.")
+    else:
+        rules = CaptionRules(trigger=args.trigger or None, dropout=args.dropout or None)
+        options = DatasetOptions(rules=rules, styles=read_styles(args.styles))
+        dataset, pool = read_planned(args.source, sampling, options, depth=args.depth, on_progress=show_progress)
+        write_manifest(dataset, args.target)
+    mix = plan_mix(pool, sampling)
+    yield mix.report()
+    if args.picture:
+        with replacing(args.picture) as file:
+            Image.fromarray(draw_mix(mix)).save(file, "PNG")
+    if args.target is not None:
+        yield f"{args.target}: {dataset.report()}"

@@ -57,6 +57,24 @@ class CaptionRules:
         return CaptionRules(**{k: getattr(other, k) if v is None else v for k, v in values.items()})
 
 
+def read_styles(text: str) -> tuple[tuple[str, float], ...]:
+    """`keyword 1, sentence 3` as (style, weight); "" is none.
+
+    Raises:
+        ErnieError: a part is not a kind and a number.
+    """
+    found: list[tuple[str, float]] = []
+    for part in filter(None, (p.strip() for p in text.split(","))):
+        name, _, weight = part.rpartition(" ")
+        try:
+            found.append((name.strip().lower(), float(weight)))
+        except ValueError:
+            name = ""
+        if not name:
+            raise ErnieError(f"styles must be like 'keyword 1, sentence 3' (a kind and its weight), got {part!r}.")
+    return tuple(found)
+
+
 class Captioned(Protocol):
     """What a caption can be drawn for: an item of a dataset, or a pair."""
 

@@ -5,6 +5,7 @@ import re
 
 import numpy as np
 import pytest
+from ernie_pack.ernie_core.cli import main
 from ernie_pack.ernie_core.curation import dataset as dataset_module
 from ernie_pack.ernie_core.curation.dataset import read_planned
 from ernie_pack.ernie_core.curation.draws import Draws, read_pool
@@ -15,6 +16,7 @@ from ernie_pack.ernie_core.errors import ErnieError
 from ernie_pack.ernie_core.training.buckets import BatchPlan, Stage
 from ernie_pack.ernie_core.training.captions import Caption, draw_caption
 from ernie_pack.ernie_core.training.items import DatasetOptions, read_manifest, write_manifest
+from PIL import Image
 from small_data import write_pictures
 
 
@@ -257,3 +259,35 @@ def test_reading_a_plan_draws_what_the_pool_draws(manifest):
     drawn = np.bincount(Draws(read_pool(manifest)[0], Sampling()).rows(np.arange(80_000)), minlength=8) / 10_000
     assert len(pool) == 8
     np.testing.assert_allclose(drawn, [item.draws for item in data.items], rtol=0.06)
+
+
+# --- from a terminal ---
+
+
+def test_the_command_shows_the_mix_and_writes_what_train_reads(manifest, tmp_path, capsys):
+    assert main(["curate", "plan", str(manifest), "--picture", str(tmp_path / "mix.png")]) == 0
+    said = capsys.readouterr().out
+    assert "8 pictures in 2 categories" in said
+    assert Image.open(tmp_path / "mix.png").size == (900, 130)
+    target = tmp_path / "out" / "data.jsonl"
+    arguments = ["--alpha", "0", "--gamma", "0", "--temperature", "inf", "--styles", "keyword 1", "--dropout", "0.1"]
+    assert main(["curate", "plan", str(manifest), str(target), *arguments]) == 0
+    back = read_manifest(target, check=False)
+    expected, _ = read_planned(manifest, PRESETS["uniform over categories"])
+    assert [item.draws for item in back.items] == [item.draws for item in expected.items]
+    assert (back.options.styles, back.options.rules.dropout) == ((("keyword", 1.0),), 0.1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--preset", "tempered", "--alpha", "1"], "leave --alpha out"),
+        (["--alpha", "9"], "alpha must lie between"),
+        (["--styles", "keyword 1"], "name a TARGET"),
+        (["--depth", "-1"], "depth must be 0"),
+    ],
+    ids=["both", "range", "no target", "depth"],
+)
+def test_a_command_that_makes_no_sense_says_so(manifest, capsys, arguments, message):
+    assert main(["curate", "plan", str(manifest), *arguments]) == 1
+    assert message in capsys.readouterr().err
