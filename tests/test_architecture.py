@@ -82,6 +82,7 @@ LEVELS = [
     {"curation.categories", "curation.answers", "curation.vision_language"},
     {"curation.builtin_labels", "curation.asked_categories", "curation.own_labels", "curation.captions"},
     {"curation.styles", "curation.scores"},
+    {"curation.label_commands"},
     {"evaluation.distances", "evaluation.prompt_sets", "evaluation.features"},
     {"evaluation.verdicts"},
     {"evaluation.rates", "evaluation.verdict_store"},

@@ -43,9 +43,13 @@ class Captioner(Protocol):
 
 
 def best_text(row: Row) -> str:
-    """What a row says of its picture, the fullest first: prompt, captions from long to tags, what lay beside it."""
+    """What a row says of its picture: the prompt in its drawn style, captions from long to tags, what lay beside it."""
     captions = row.get("captions") or {}
-    texts = (row.get("prompt"), *(captions.get(length) for length in LENGTHS), row.get("caption"))
+    texts = (
+        (row.get("prompts") or {}).get(row.get("prompt_style")),
+        *(captions.get(length) for length in LENGTHS),
+        row.get("caption"),
+    )
     return next((text for text in texts if isinstance(text, str) and text.strip()), "")
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from ..errors import ErnieError
+from . import label_commands
 from .engines import Engine
 from .filters import Filters, filter_rows
 from .ingest import ingest
@@ -21,7 +22,7 @@ from .sampling import PRESETS, Quality, Sampling, Scale, Within
 def add_commands(parser: argparse.ArgumentParser) -> None:
     """Add a sub-command per stage; each sets `run(args) -> lines to print`."""
     stages = parser.add_subparsers(dest="stage", required=True)
-    for add in (_add_ingest, _add_filter, _add_report, _add_plan, _add_export):
+    for add in (_add_ingest, _add_filter, _add_labelling, _add_report, _add_plan, _add_export):
         add(stages)
 
 
@@ -91,6 +92,19 @@ def _filter(args: argparse.Namespace) -> Iterator[str]:
         near_bits=args.near_bits,
     )
     yield str(filter_rows(args.source, args.target, filters, on_progress=show_progress))
+
+
+# --- labelling ----------------------------------------------------------------------------------------------------
+
+
+def _add_labelling(stages: Any) -> None:
+    for name in ("categories", "captions", "styles", "scores"):
+        getattr(label_commands, f"add_{name}")(stages, add_files, add_engine)
+        stages.choices[name].set_defaults(run=_label)
+
+
+def _label(args: argparse.Namespace) -> Iterator[str]:
+    return getattr(label_commands, args.stage)(args, engine_settings(args))
 
 
 # --- report and export --------------------------------------------------------------------------------------------

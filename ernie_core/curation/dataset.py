@@ -83,7 +83,7 @@ def _captions_of(row: Row) -> tuple[Caption, ...]:
     """Every text of a row with its style, each text once."""
     styled: dict[str, Any] = row.get("captions") or {}
     beside = row.get("caption")
-    texts = [(DEFAULT_STYLE, beside), *styled.items()]
+    texts = [(DEFAULT_STYLE, beside), *styled.items(), *(row.get("prompts") or {}).items()]
     found: dict[Caption, None] = {}
     for style, value in texts:
         for text in value if isinstance(value, list) else [value]:

@@ -343,42 +343,57 @@ def check_answer(source: Source, answer: str | ErnieError) -> list[str]:
 
 
 class Styles:
-    """Stage "styles": adds `prompt` in the drawn style, `prompt_style`, and `prompt_notes` where it fell back."""
+    """Stage "styles": adds `prompts` by style, `prompt_style` (the drawn one), `prompt_notes` where it fell back."""
 
     name = "styles"
     needs = ()
-    adds = ("prompt", "prompt_style", "prompt_notes")
+    adds = ("prompts", "prompt_style", "prompt_notes")
 
-    def __init__(self, rewriter: Rewriter, shares: Mapping[str, float], *, seed: int = 0, batch_size: int = 64):
-        """Raises ErnieError: shares as in `check_shares`."""
+    def __init__(
+        self,
+        rewriter: Rewriter,
+        shares: Mapping[str, float],
+        *,
+        every: bool = False,
+        seed: int = 0,
+        batch_size: int = 64,
+    ):
+        """`every`: write all styles that have a share, for mixing while training; else only the drawn one.
+
+        Raises ErnieError: shares as in `check_shares`.
+        """
         if batch_size < 1:
             raise ErnieError(f"batch_size must be 1 or more, got {batch_size}.")
         self.rewriter = rewriter
         self.shares = check_shares(shares)
+        self.every = every
         self.seed = seed
         self.batch_size = batch_size
 
     def key(self) -> str:
-        content = json.dumps([RULES, self.rewriter.key(), self.shares, self.seed])
+        content = json.dumps([RULES, self.rewriter.key(), self.shares, self.every, self.seed])
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     def __call__(self, rows: list[Row]) -> list[Row]:
         made: list[Row] = [{"failed": "there is no caption to rewrite; run Curate Captions first."} for _ in rows]
-        asked: dict[int, tuple[str, Source, Style]] = {}
+        asked: list[tuple[int, str, Source, Style]] = []
         for i, row in enumerate(rows):
             source = Source.of(row)
             if source.text:
                 name = str(row.get("id") or row.get("source") or "")
-                asked[i] = (name, source, draw_style(self.shares, self.seed, name))
-        for (i, (_, source, style)), answer in zip(
-            asked.items(), self.rewriter.rewrite([*asked.values()]), strict=True
-        ):
-            found = check_answer(source, answer)
-            if found:
-                notes = [f"{style}: {fault}" for fault in found]
-                made[i] = {"prompt": source.text, "prompt_style": "original", "prompt_notes": notes}
+                drawn = draw_style(self.shares, self.seed, name)
+                made[i] = {"prompts": {}, "prompt_style": drawn, "prompt_notes": []}
+                wanted: list[Style] = [drawn, *(style for style in self.shares if self.every and style != drawn)]
+                asked += [(i, name, source, style) for style in wanted]
+        answers = self.rewriter.rewrite([(name, source, style) for _, name, source, style in asked])
+        for (i, _, source, style), answer in zip(asked, answers, strict=True):
+            if found := check_answer(source, answer):
+                made[i]["prompt_notes"] += [f"{style}: {fault}" for fault in found]
+                made[i]["prompts"]["original"] = source.text
+                if style == made[i]["prompt_style"]:
+                    made[i]["prompt_style"] = "original"
             else:
-                made[i] = {"prompt": str(answer), "prompt_style": style, "prompt_notes": []}
+                made[i]["prompts"][style] = str(answer)
         return made
 
 
@@ -391,8 +406,9 @@ def report(rows: Iterable[Row], shares: Mapping[str, float]) -> str:
     for row in rows:
         if "prompt_style" in row:
             notes = row.get("prompt_notes") or []
-            styles[row["prompt_style"]] += 1
-            drawn[notes[0].split(":")[0] if notes else row["prompt_style"]] += 1
+            styles.update(row["prompts"].keys())
+            fell_back = row["prompt_style"] == "original" and notes
+            drawn[notes[0].split(":")[0] if fell_back else row["prompt_style"]] += 1
             if notes:
                 lines.append(f"{row.get('source') or row.get('id')}: original kept, {'; '.join(notes)}")
         elif reason := (row.get("failed") or {}).get("styles"):

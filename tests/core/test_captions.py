@@ -151,7 +151,7 @@ def test_a_wrong_setting_is_named(options, message):
 def test_the_fullest_text_of_a_row_is_found():
     row = {"caption": "beside", "captions": {"tags": "t", "short": "s"}}
     assert best_text(row) == "s"
-    assert best_text(row | {"prompt": "p"}) == "p"
+    assert best_text(row | {"prompts": {"keyword": "p", "natural": "q"}, "prompt_style": "natural"}) == "q"
     assert best_text({"caption": "beside", "captions": {}}) == "beside"
     assert best_text({}) == ""
 

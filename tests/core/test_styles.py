@@ -67,7 +67,7 @@ def test_every_preset_is_one_and_as_it_is_changes_nothing():
         assert sum(check_shares(shares).values()) == pytest.approx(1)
     stage = Styles(RuleRewriter(), PRESETS["as it is"])
     for caption, made in zip(CAPTIONS, stage([{"id": c, "caption": c} for c in CAPTIONS]), strict=True):
-        assert made == {"prompt": caption, "prompt_style": "original", "prompt_notes": []}
+        assert made == {"prompts": {"original": caption}, "prompt_style": "original", "prompt_notes": []}
 
 
 @pytest.mark.parametrize(
@@ -194,7 +194,7 @@ def test_what_cannot_be_had_falls_back_to_the_original_and_is_reported():
     ):
         stage = Styles(LanguageRewriter(Told([answer]), retries=1), {"keyword": 1})
         (made,) = stage([{"id": "a", "caption": POSTER}])
-        assert (made["prompt"], made["prompt_style"]) == (POSTER, "original")
+        assert (made["prompts"], made["prompt_style"]) == ({"original": POSTER}, "original")
         assert note in made["prompt_notes"][0]
         assert made["prompt_notes"][0].startswith("keyword: ")
         text = report([{"source": "a.png", **made}], {"keyword": 1})
@@ -234,7 +234,16 @@ def test_a_row_without_a_caption_is_told_what_to_do():
 def test_the_prompt_is_then_the_rows_best_text():
     row = {"id": "a", "caption": CAPTIONS[2]}
     (made,) = Styles(RuleRewriter(), {"instruction": 1})([row])
-    assert best_text(row | made) == made["prompt"] != row["caption"]
+    assert best_text(row | made) == made["prompts"]["instruction"] != row["caption"]
+
+
+def test_every_style_can_be_written_and_the_drawn_one_is_the_same():
+    rows = [{"id": str(i), "caption": c} for i, c in enumerate(CAPTIONS)]
+    one = Styles(RuleRewriter(), PRESETS["even"])(rows)
+    for few, all_ in zip(one, Styles(RuleRewriter(), PRESETS["even"], every=True)(rows), strict=True):
+        assert set(all_["prompts"]) == set(PRESETS["even"])
+        assert all_["prompts"].items() >= few["prompts"].items()
+        assert all_["prompt_style"] == few["prompt_style"]
 
 
 def test_the_key_changes_with_all_that_decides_the_prompt():
@@ -242,6 +251,7 @@ def test_the_key_changes_with_all_that_decides_the_prompt():
         Styles(RuleRewriter(), PRESETS["even"]),
         Styles(RuleRewriter(1), PRESETS["even"]),
         Styles(RuleRewriter(), PRESETS["even"], seed=1),
+        Styles(RuleRewriter(), PRESETS["even"], every=True),
         Styles(RuleRewriter(), {"keyword": 1}),
         *(Styles(LanguageRewriter(Told([]), **o), {"keyword": 1}) for o in ({}, {"retries": 0}, {"temperature": 0.1})),
     ]
