@@ -21,6 +21,7 @@ class ErnieExtension(ComfyExtension):
         from .benchmark import ErnieAestheticBenchmark, ErniePromptBenchmark
         from .caching import ErnieStepCache
         from .compare import ErnieCompareImages
+        from .curation import ErnieCurateExport, ErnieCurateFilter, ErnieCurateIngest, ErnieCurationReport
         from .dataset import ErnieDatasetFolder, ErnieDatasetImages, ErniePairsFolder
         from .editing import (
             ErnieEditWords,
@@ -125,6 +126,10 @@ class ErnieExtension(ComfyExtension):
             ErnieWinRate,
             ErnieAestheticBenchmark,
             ErniePromptBenchmark,
+            ErnieCurateIngest,
+            ErnieCurateFilter,
+            ErnieCurationReport,
+            ErnieCurateExport,
             ErnieHardwareAdviser,
         ]
 

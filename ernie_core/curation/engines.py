@@ -121,15 +121,13 @@ def run_stage(
     source = source.path if isinstance(source, Manifest) else Path(source).expanduser()
     target = Path(target).expanduser()
     workers = _check(engine, address, workers)
-    if not source.is_file():
-        raise ErnieError(f"there is no manifest {source}.")
+    total = count_rows(source)
     if target.exists() and target.samefile(source):
         raise ErnieError(f"{target} cannot be source and target at once; give the target another name.")
     start = time.monotonic()
     before = _stamp(source)
     with _log(target) as log:
         run = _Run(stage, source, target, log)
-        total = count_rows(source)
         batches = run.unfinished(lambda done: on_progress and on_progress(done, total, stage.name))
         if engine == "here":
             answers = run_here(stage, batches)

@@ -41,7 +41,6 @@ ROWS = "rows.jsonl"
 LEFT_OUT = "left_out.jsonl"
 INDEX = "index.jsonl"
 PICTURES = "images"
-_CAPTION_COLUMNS = ("caption", "captions", "prompts", "styles")  # of ingest, of captions, of user styles
 _BLOCK = 512  # of a tar
 
 
@@ -71,20 +70,18 @@ def row_captions(row: Row, styles: Sequence[str] = ()) -> list[Caption]:
     Args:
         styles: only these, in this order; empty = all. A name that no row has is not an error here.
     """
-    given = row.get("given") or {}
-    values = {k: row[k] for k in _CAPTION_COLUMNS if row.get(k)}
-    found = captions_from_values({"captions": given.get("captions", {})})[0] if given.get("captions") else []
-    for column, value in values.items():
-        parts = value if isinstance(value, dict) else {DEFAULT_STYLE: value}
-        for style, texts in parts.items():
-            name = DEFAULT_STYLE if column == "caption" else str(style)
-            found += [Caption(name, t.strip()) for t in (texts if isinstance(texts, list) else [texts]) if _said(t)]
+    by_style: list[tuple[str, Any]] = [(DEFAULT_STYLE, row.get("caption"))]
+    for column in ((row.get("given") or {}).get("captions"), row.get("captions"), row.get("prompts")):
+        by_style += column.items() if isinstance(column, dict) else [(DEFAULT_STYLE, column)]
+    by_style.append((str(row.get("prompt_style") or "prompt"), row.get("prompt")))
+    found = [
+        Caption(str(style), text.strip())
+        for style, texts in by_style
+        for text in (texts if isinstance(texts, list) else [texts])
+        if isinstance(text, str) and text.strip()
+    ]
     found = list(dict.fromkeys(found))
     return [c for style in styles for c in found if c.style == style] if styles else found
-
-
-def _said(text: Any) -> bool:
-    return isinstance(text, str) and bool(text.strip())
 
 
 def why_left_out(row: Row) -> str:
@@ -107,8 +104,6 @@ class _Export:
         should_stop: Callable[[], bool] | None,
     ):
         self.source = source.path if isinstance(source, Manifest) else Path(source).expanduser()
-        if not self.source.is_file():
-            raise ErnieError(f"there is no manifest {self.source}.")
         self.styles = tuple(styles)
         self.on_progress, self.should_stop = on_progress, should_stop
         self.total = count_rows(self.source)

@@ -81,9 +81,7 @@ def read_rows(path: Path | str) -> Iterator[Row]:
     Raises:
         ErnieError: no such file, a line that is no JSON object (its number), or Parquet without the package pyarrow.
     """
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise ErnieError(f"there is no manifest {path}.")
+    path = _existing(path)
     base = path.resolve().parent
     rows = _read_parquet(path) if path.suffix.lower() == PARQUET else _read_jsonl(path)
     for row in rows:
@@ -93,9 +91,16 @@ def read_rows(path: Path | str) -> Iterator[Row]:
         yield row
 
 
-def count_rows(path: Path | str) -> int:
-    """How many rows `read_rows` gives, without parsing them (of JSONL: its lines)."""
+def _existing(path: Path | str) -> Path:
     path = Path(path).expanduser()
+    if not path.is_file():
+        raise ErnieError(f"there is no manifest {path}.")
+    return path
+
+
+def count_rows(path: Path | str) -> int:
+    """How many rows `read_rows` gives, without parsing them (of JSONL: its lines). Raises as `read_rows`."""
+    path = _existing(path)
     if path.suffix.lower() == PARQUET:
         return _pyarrow().parquet.ParquetFile(path).metadata.num_rows
     count, last = 0, b"\n"

@@ -105,7 +105,7 @@ def look_over(
         ErnieError: no manifest there, or an empty one.
     """
     path = source.path if isinstance(source, Manifest) else Path(source).expanduser()
-    total = count_rows(path) if path.is_file() else 0
+    total = count_rows(path)
     stages: dict[str, _StageCounts] = {}
     dropped: Counter[str] = Counter()
     reasons: Counter[str] = Counter()

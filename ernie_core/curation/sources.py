@@ -66,7 +66,7 @@ def list_sources(paths: Sequence[Path | str]) -> Iterator[Row]:
 def _row(source: str, modified: int, captions: Iterable[Caption] = (), given: Mapping[str, Any] | None = None) -> Row:
     captions, given = list(captions), dict(given or {})
     first = next((c.text for c in captions if c.style == DEFAULT_STYLE), captions[0].text if captions else "")
-    if len(captions) > 1:
+    if len(captions) > 1 or any(c.style != DEFAULT_STYLE for c in captions):
         styles: dict[str, list[str]] = {}
         for style, text in captions:
             styles.setdefault(style, []).append(text)

@@ -106,6 +106,7 @@ def test_row_captions_come_once_and_in_order():
     assert row_captions(row) == [Caption("caption", "a"), Caption("tags", "t"), Caption("long", "l")]
     assert row_captions(row, ["long", "caption"]) == [Caption("long", "l"), Caption("caption", "a")]
     assert row_captions({"caption": ""}) == []
+    assert row_captions({"prompt": "fox", "prompt_style": "keyword"}) == [Caption("keyword", "fox")]
 
 
 def test_a_second_export_copies_what_is_missing_and_takes_away_what_is_gone(manifest, tmp_path):

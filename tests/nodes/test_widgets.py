@@ -253,6 +253,12 @@ def test_no_widget_is_left_out_above(node_classes, recording):
         for item in node_classes["ErnieXYGrid"].GET_SCHEMA().inputs
         if item.get_io_type() in ("COMBO", "BOOLEAN", "STRING", "INT", "FLOAT")
     }
+    elsewhere |= {  # all of these in test_curation.py, with a pile of files
+        (node_id, item.id)
+        for node_id in ("ErnieCurateIngest", "ErnieCurateFilter", "ErnieCurationReport", "ErnieCurateExport")
+        for item in node_classes[node_id].GET_SCHEMA().inputs
+        if item.get_io_type() in ("COMBO", "BOOLEAN", "STRING", "INT", "FLOAT")
+    }
     elsewhere |= {  # all of these in test_mixing.py, with a manifest
         ("ErnieSamplingPlan", item.id)
         for item in node_classes["ErnieSamplingPlan"].GET_SCHEMA().inputs
