@@ -19,6 +19,7 @@ BENCHMARKS = {
     "enhancer": "enhancer",
     "scoring": "scoring",
     "tournament": "tournament",
+    "ingest": "ingest",
 }
 
 # Trained and judged on the tiny model: minutes each, so `all` leaves them out and `lessons` runs them; TRAINING.md.

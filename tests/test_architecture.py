@@ -54,6 +54,7 @@ LEVELS = [
     {"training.captions", "training.pictures", "training.teachers"},
     {"training.items", "training.teacher_chart"},
     {"curation.manifest", "curation.sampling"},
+    {"curation.texts"},
     {"curation.draws", "curation.mix"},
     {"curation.dataset"},
     {"curation.workers"},

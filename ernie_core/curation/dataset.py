@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from ..batch import Problem
 from ..errors import ErnieError
-from ..training.captions import DEFAULT_STYLE, Caption
 from ..training.items import Dataset, DatasetOptions, Findings, Item, fill_captions
 from .draws import OnProgress, read_pool
 from .manifest import Row, read_rows, split_source
 from .sampling import Pool, Sampling, row_shares
+from .texts import row_captions
 
 MOST_ROWS = 500_000
 """Train holds every picture's captions and sizes in memory; more than this is for a loop of one's own over `Draws`."""
@@ -76,17 +75,6 @@ def _item_of(row: Row, manifest: Path) -> Item:
     width, height = row.get("width"), row.get("height")
     if not isinstance(width, int) or not isinstance(height, int) or not row.get("id"):
         raise ErnieError(f"{where} has no size or no id. Run the ingest stage over the pictures first.")
-    return Item(image=Path(source), captions=_captions_of(row), width=width, height=height, sha256=str(row["id"]))
-
-
-def _captions_of(row: Row) -> tuple[Caption, ...]:
-    """Every text of a row with its style, each text once."""
-    styled: dict[str, Any] = row.get("captions") or {}
-    beside = row.get("caption")
-    texts = [(DEFAULT_STYLE, beside), *styled.items(), *(row.get("prompts") or {}).items()]
-    found: dict[Caption, None] = {}
-    for style, value in texts:
-        for text in value if isinstance(value, list) else [value]:
-            if isinstance(text, str) and text.strip():
-                found[Caption(str(style).lower(), text.strip())] = None
-    return tuple(found)
+    return Item(
+        image=Path(source), captions=tuple(row_captions(row)), width=width, height=height, sha256=str(row["id"])
+    )

@@ -16,7 +16,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from ..errors import ErnieError, Interrupted
 from ..training.captions import DEFAULT_STYLE, Caption
@@ -35,6 +34,7 @@ from .manifest import (
     to_line,
     write_rows,
 )
+from .texts import row_captions
 
 METADATA = "metadata.jsonl"
 ROWS = "rows.jsonl"
@@ -62,26 +62,6 @@ class Exported:
         lines = [f"export: {what}{self.pictures} pictures ({self.without_caption} without caption) in {self.path}"]
         lines += [f"left out - {reason}: {count}" for reason, count in sorted(self.left_out.items())]
         return "\n".join([*lines, *(f"not copied - {source}: {reason}" for source, reason in self.failed)])
-
-
-def row_captions(row: Row, styles: Sequence[str] = ()) -> list[Caption]:
-    """The captions of a row, by style: what stood beside it ("caption"), described ("long", ...), rewritten.
-
-    Args:
-        styles: only these, in this order; empty = all. A name that no row has is not an error here.
-    """
-    by_style: list[tuple[str, Any]] = [(DEFAULT_STYLE, row.get("caption"))]
-    for column in ((row.get("given") or {}).get("captions"), row.get("captions"), row.get("prompts")):
-        by_style += column.items() if isinstance(column, dict) else [(DEFAULT_STYLE, column)]
-    by_style.append((str(row.get("prompt_style") or "prompt"), row.get("prompt")))
-    found = [
-        Caption(str(style), text.strip())
-        for style, texts in by_style
-        for text in (texts if isinstance(texts, list) else [texts])
-        if isinstance(text, str) and text.strip()
-    ]
-    found = list(dict.fromkeys(found))
-    return [c for style in styles for c in found if c.style == style] if styles else found
 
 
 def why_left_out(row: Row) -> str:

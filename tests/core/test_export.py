@@ -19,10 +19,10 @@ from ernie_pack.ernie_core.curation.export import (
     export_shards,
     export_table,
     read_export,
-    row_captions,
 )
 from ernie_pack.ernie_core.curation.ingest import ingest
 from ernie_pack.ernie_core.curation.manifest import read_rows, write_rows
+from ernie_pack.ernie_core.curation.texts import row_captions
 from ernie_pack.ernie_core.errors import ErnieError, Interrupted
 from ernie_pack.ernie_core.training.captions import Caption
 from ernie_pack.ernie_core.training.dataset import DatasetOptions, read_dataset
@@ -106,7 +106,11 @@ def test_row_captions_come_once_and_in_order():
     assert row_captions(row) == [Caption("caption", "a"), Caption("tags", "t"), Caption("long", "l")]
     assert row_captions(row, ["long", "caption"]) == [Caption("long", "l"), Caption("caption", "a")]
     assert row_captions({"caption": ""}) == []
-    assert row_captions({"prompt": "fox", "prompt_style": "keyword"}) == [Caption("keyword", "fox")]
+    assert row_captions({"prompts": {"Keyword": ["fox", "red"]}}) == [
+        Caption("keyword", "fox"),
+        Caption("keyword", "red"),
+    ]
+    assert row_captions({"captions": {"Long": "l"}}, ["LONG"]) == [Caption("long", "l")]
 
 
 def test_a_second_export_copies_what_is_missing_and_takes_away_what_is_gone(manifest, tmp_path):
