@@ -23,6 +23,7 @@ class ErnieExtension(ComfyExtension):
         from .compare import ErnieCompareImages
         from .curation import ErnieCurateExport, ErnieCurateFilter, ErnieCurateIngest, ErnieCurationReport
         from .dataset import ErnieDatasetFolder, ErnieDatasetImages, ErniePairsFolder
+        from .distilling import ErnieRecipeDistil
         from .editing import (
             ErnieEditWords,
             ErnieInvertPicture,
@@ -109,6 +110,7 @@ class ErnieExtension(ComfyExtension):
             ErnieSamplingPlan,
             ErnieRecipe,
             ErnieRecipeDPO,
+            ErnieRecipeDistil,
             ErnieTeacherTable,
             ErniePreflight,
             ErnieTrain,

@@ -126,13 +126,28 @@ PATHS: dict[str, tuple[str, ...]] = {
     "sdpo_mu": ("dpo", "sdpo_mu"),
     "reference_lora": ("reference_lora",),
     "reference_bank": ("reference_bank",),
+    "prompts": ("distil", "prompts"),
+    "student_steps": ("distil", "steps"),
+    "student_shift": ("distil", "shift"),
+    "teacher_cfg": ("distil", "cfg"),
+    "form": ("distil", "form"),
+    "gradient": ("distil", "gradient"),
+    "rollout": ("distil", "rollout"),
+    "trajectory_steps": ("distil", "trajectory_steps"),
+    "fake_updates": ("distil", "fake", "steps_per_student"),
+    "fake_learning_rate": ("distil", "fake", "lr"),
+    "fake_rank": ("distil", "fake", "rank"),
+    "fake_warmup": ("distil", "fake", "warmup"),
+    "anchor_weight": ("distil", "anchor_weight"),
+    "gan_weight": ("distil", "gan_weight"),
+    "stop_on_alarm": ("distil", "stop_on_alarm"),
 }
-OFF_AT_ZERO = ("alpha", "auto_beta", "sdpo_mu")  # None in a recipe
+OFF_AT_ZERO = ("alpha", "auto_beta", "sdpo_mu", "fake_rank")  # None in a recipe
 AUTO = "auto"  # the resolution that a recipe has when it says nothing
 CURRICULUM = "curriculum"  # the stages of the engine's preset
 
 
-def common_inputs() -> list[io.Input]:
+def common_inputs(*, steps: int = 1500, learning_rate: float = 1e-4) -> list[io.Input]:
     """What every recipe asks for first."""
     return [
         io.String.Input(
@@ -142,14 +157,14 @@ def common_inputs() -> list[io.Input]:
         ),
         io.Int.Input(
             "steps",
-            default=1500,
+            default=steps,
             min=1,
             max=1_000_000,
             tooltip="Optimiser steps, 1 to 1000000. A finished job goes on when this is raised.",
         ),
         io.Float.Input(
             "learning_rate",
-            default=1e-4,
+            default=learning_rate,
             min=1e-7,
             max=10.0,
             step=1e-6,

@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from comfy_api.latest import io, ui
 
@@ -71,11 +72,11 @@ class ErniePreflight(io.ComfyNode):
         from ..ernie_core.training.probe import probe
         from ..ernie_core.training.recipe import Recipe
 
-        if (dataset is None) == (pairs is None):
+        data: Any = pairs if dataset is None else dataset
+        if (dataset is None) == (pairs is None) and not brings_prompts(recipe, dataset, pairs):
             raise ErnieError("Preflight looks at one of dataset and pairs: connect exactly one of them.")
-        data = pairs if dataset is None else dataset
         if recipe is not None:
-            choose_data(recipe, dataset, pairs)
+            data = choose_data(recipe, dataset, pairs)
         measured = recipe is not None and models is not None
         if models is not None:
             recipe = replace(recipe or Recipe(name="preflight", models=models), models=models)
@@ -103,9 +104,13 @@ class ErnieTrain(io.ComfyNode):
             is_output_node=True,
             not_idempotent=True,
             inputs=[
-                TrainingRecipe.Input("recipe", tooltip="From Recipe (ERNIE) or Recipe DPO (ERNIE)."),
+                TrainingRecipe.Input("recipe", tooltip="From Recipe (ERNIE), Recipe DPO or Recipe Distil."),
                 TrainingModels.Input("models", tooltip="From Training Models (ERNIE)."),
-                Dataset.Input("dataset", optional=True, tooltip="Pictures with captions, for Recipe (ERNIE)."),
+                Dataset.Input(
+                    "dataset",
+                    optional=True,
+                    tooltip="Pictures with captions, for Recipe (ERNIE); for Recipe Distil, in place of its prompts.",
+                ),
                 Pairs.Input("pairs", optional=True, tooltip="Pairs of pictures, for Recipe DPO (ERNIE)."),
                 io.Combo.Input(
                     "action",
@@ -158,12 +163,21 @@ class ErnieTrain(io.ComfyNode):
         return io.NodeOutput(read_lora(path), str(path), job.folder, ui=show_report(job, node_id, cls))
 
 
-def choose_data(recipe, dataset, pairs):
-    """The input that the recipe asks for.
+def brings_prompts(recipe, dataset, pairs) -> bool:
+    """Whether a distillation is to practise on the prompts of its recipe."""
+    return recipe is not None and recipe.objective == "distil" and dataset is None and pairs is None
+
+
+def choose_data(recipe, dataset, pairs) -> Any:
+    """The input that the recipe asks for; the recipe's own prompts where a distillation has no dataset.
 
     Raises:
         ErnieError: it is not connected, or the other one is.
     """
+    if brings_prompts(recipe, dataset, pairs):
+        from ..ernie_core.training.job import own_prompts
+
+        return own_prompts(recipe)
     wanted, node = ("pairs", "Pairs Folder") if recipe.objective == "dpo" else ("dataset", "Dataset Folder")
     given, other = (pairs, dataset) if wanted == "pairs" else (dataset, pairs)
     if given is None:
@@ -398,7 +412,10 @@ class ErnieTrainingReport(io.ComfyNode):
                 TrainingJob.Input("job", optional=True, tooltip="The job, from Train."),
             ],
             outputs=[
-                io.Image.Output(display_name="curves", tooltip="Loss, gradient norm and, for DPO, the errors."),
+                io.Image.Output(
+                    display_name="curves",
+                    tooltip="Loss, gradient norm, DPO's errors, a distillation's health.",
+                ),
                 io.Image.Output(
                     display_name="samples",
                     tooltip="The newest grid of samples; while there is none, nodes behind it do not run.",

@@ -148,6 +148,8 @@ def own_prompts(recipe: Recipe) -> Prompts:
     Raises:
         ErnieError: it has none.
     """
+    if not recipe.distil.prompts.strip():
+        raise ErnieError("distillation needs prompts: write them into the recipe, or give it a dataset.")
     return read_prompts(recipe.distil.prompts, tags=recipe.distil.table.tags)
 
 
@@ -265,6 +267,8 @@ def report(job: Job) -> Report:
         f"- checkpoints written: {counts['saved']}; steps thrown away because of NaN: {counts['bad_step']}; "
         f"out of memory: {counts['out_of_memory']}",
     ]
+    if recipe.objective == "distil":
+        lines += _distil_lines(recipe)
     done = [e for e in events if e["event"] == "step"]
     if done:
         losses, seconds = [e["loss"] for e in done[-50:] if "loss" in e], np.median([e["seconds"] for e in done])
@@ -276,6 +280,20 @@ def report(job: Job) -> Report:
     grids = sorted(job.samples_folder.glob("step-*.png"))
     samples = np.asarray(Image.open(grids[-1]).convert("RGB")) if grids else None
     return Report(text="\n".join(lines), curves=draw_curves(curve_panels(events)), samples=samples)
+
+
+def _distil_lines(recipe: Recipe) -> list[str]:
+    """Who is distilled into how many steps, and the stop rule."""
+    distil = recipe.distil
+    last = "ends the run" if distil.stop_on_alarm else "is only said"
+    rules = ", ".join(f"{rule.weights} for {', '.join(rule.tags) or 'all prompts'}" for rule in distil.table.rules)
+    return [
+        f"- sample with {len(distil.grid()) - 1} steps, shift {distil.shift:g}, cfg 1",
+        f"- teachers: {', '.join(distil.table.used())} at cfg {distil.cfg:g}" + (f"; {rules}" if rules else ""),
+        f"- first {distil.trajectory_steps} steps: the teachers' way; then the fake score alone for "
+        f"{distil.fake.warmup_steps} steps; then both",
+        f"- alarm after {distil.patience} steps of collapse, of lag or of a push astray; it {last}",
+    ]
 
 
 def format_seconds(seconds: float) -> str:

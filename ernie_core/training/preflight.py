@@ -31,6 +31,7 @@ from .captions import all_texts
 from .items import Dataset, Item, OnProgress
 from .pairs import Pairs
 from .pictures import load_image, near_duplicates
+from .prompts import Prompts
 from .recipe import OptimiserConfig, OptimiserName, Precision, Recipe
 
 GB = 10**9
@@ -206,7 +207,7 @@ class Preflight:
 
 
 def check(
-    data: Dataset | Pairs,
+    data: Dataset | Pairs | Prompts,
     recipe: Recipe | None = None,
     *,
     probe: Probe | None = None,
@@ -216,7 +217,7 @@ def check(
     """Look at `data` as `recipe` would train it.
 
     Args:
-        data: pictures or pairs.
+        data: pictures, pairs or prompts.
         recipe: None = 1024 px, one picture at a time, the released model, tokens estimated.
         probe: measures steps at the largest size; None = no times.
         world_size: processes that will train.
@@ -226,7 +227,7 @@ def check(
         ErnieError: the data is empty, or `probe` raised it (models that cannot be used, out of memory).
     """
     report = on_progress or _ignore
-    pairs = isinstance(data, Pairs)
+    pairs, pictures = isinstance(data, Pairs), not isinstance(data, Prompts)
     entries = data.pairs if isinstance(data, Pairs) else data.items
     report(0, 4, "planning batches")
     batch, accumulation = (recipe.batch_size, recipe.accumulation) if recipe else (1, 1)
@@ -257,9 +258,9 @@ def check(
     memory = estimate_memory(
         config,
         precision=recipe.precision if recipe else "bf16",
-        num_trainable=num_adapter_weights(DiT(config, device="meta"), adapter),
+        num_trainable=_num_trainable(recipe, adapter, config),
         tokens=_cells(largest) + longest,
-        sequences=batch * (2 if pairs else 1),
+        sequences=batch * _sequences(recipe, pairs=pairs),
         optimiser=recipe.optimiser if recipe else None,
         checkpointing=checkpointing,
         stream=recipe.stream if recipe else False,
@@ -275,20 +276,20 @@ def check(
         _stage_facts(plan, s, recipe.steps if recipe else None, config, mean_tokens, checkpointing, rate)
         for s in range(len(plan.stages))
     )
-    pictures = plan.pictures()
+    placed = plan.pictures() if pictures else ()
     facts = Preflight(
         text="",
         pictures={},
         stages=stages,
-        crops=_ranked((p for p in pictures if p.fit.crop_loss > 0.01), lambda p: p.fit.crop_loss),
-        upscaled=_ranked((p for p in pictures if p.fit.scale > 1 + 1e-9), lambda p: p.fit.scale),
-        small=_too_small(plan),
+        crops=_ranked((p for p in placed if p.fit.crop_loss > 0.01), lambda p: p.fit.crop_loss),
+        upscaled=_ranked((p for p in placed if p.fit.scale > 1 + 1e-9), lambda p: p.fit.scale),
+        small=_too_small(plan) if pictures else (),
         tokens=tokens,
         tokens_counted=tokenizer is not None,
         concepts=_concepts(entries),
         duplicates=same,
         near_duplicates=alike,
-        cache_bytes=_cache_bytes(pictures, tokens, config),
+        cache_bytes=_cache_bytes(placed, tokens, config),
         memory=memory,
         cost=cost,
         seconds=None if rate is None else sum(stage.seconds or 0 for stage in stages),
@@ -301,6 +302,22 @@ def check(
     text = _write(facts, data, recipe, largest, model_notes)
     report(4, 4, "measuring steps")
     return Preflight(**{**vars(facts), "text": text, "pictures": drawn})
+
+
+def _num_trainable(recipe: Recipe | None, adapter: AdapterConfig, config: DiTConfig) -> int:
+    """Weights of the adapter, and of the fake score's beside it in a distillation."""
+    model = DiT(config, device="meta")
+    count = num_adapter_weights(model, adapter)
+    if recipe is not None and recipe.objective == "distil":
+        count += num_adapter_weights(model, replace(adapter, rank=recipe.distil.fake.rank or adapter.rank))
+    return count
+
+
+def _sequences(recipe: Recipe | None, *, pairs: bool) -> int:
+    """Sequences of one sample that keep activations at once."""
+    if recipe is not None and recipe.objective == "distil":
+        return len(recipe.distil.grid()) - 1 if recipe.distil.gradient == "all" else 1
+    return 2 if pairs else 1
 
 
 def _ignore(done: int, total: int, what: str) -> None:
@@ -331,7 +348,7 @@ def _count_tokens(text: str, tokenizer: Tokenizer | None) -> int:
     return 1 + wide + math.ceil((len(text) - wide) / _CHARACTERS_PER_TOKEN)
 
 
-def _distinct_items(data: Dataset | Pairs) -> list[Item]:
+def _distinct_items(data: Dataset | Pairs | Prompts) -> list[Item]:
     if not isinstance(data, Pairs):
         return list(data.items)
     found: dict[str, Item] = {}
@@ -443,9 +460,14 @@ def format_bytes(count: float) -> str:
 
 
 def _write(
-    facts: Preflight, data: Dataset | Pairs, recipe: Recipe | None, largest: tuple[int, int], model_notes: list[str]
+    facts: Preflight,
+    data: Dataset | Pairs | Prompts,
+    recipe: Recipe | None,
+    largest: tuple[int, int],
+    model_notes: list[str],
 ) -> str:
-    what = f"{len(data)} pairs" if isinstance(data, Pairs) else f"{len(data)} images"
+    kind = "pairs" if isinstance(data, Pairs) else "prompts" if isinstance(data, Prompts) else "images"
+    what = f"{len(data)} {kind}"
     drawn = isinstance(data, Dataset) and data.is_drawn
     how = ", drawn at random by a sampling plan: numbers per epoch are expected ones" if drawn else ""
     lines = ["# Preflight", "", f"{what}, {sum(facts.concepts.values()):.0f} samples per epoch{how}."]
@@ -471,12 +493,8 @@ def _write(
         total = sum(facts.concepts.values())
         lines += ["", "## Concepts", "", "| concept | samples per epoch | share |", "|---|---|---|"]
         lines += [f"| {name or '(none)'} | {n:.4g} | {n / total:.1%} |" for name, n in sorted(facts.concepts.items())]
-    lines += ["", "## Pictures", ""]
-    lines += _list(facts.crops, "are cropped by more than 1 %", lambda p: f"{p.fit.crop_loss:.1%} cut off")
-    lines += _list(facts.upscaled, "are enlarged", lambda p: f"{p.fit.scale:.2f} times")
-    lines += _list(
-        facts.small, "are trained smaller than asked, to limit enlarging", lambda p: f"{p.fit.width} x {p.fit.height}"
-    )
+    lines += ["", "## Pictures", ""] if kind != "prompts" else ["", "## Prompts", ""]
+    lines += _picture_lines(facts) if kind != "prompts" else []
     lines.append(f"- {facts.duplicates} exact and {facts.near_duplicates} near duplicates")
     lines += ["", "## Captions", "", *_caption_lines(facts)]
     lines += ["", "## Cost", ""]
@@ -499,6 +517,15 @@ def _write(
     if data.notes:
         lines += ["", "## Notes", "", *(f"- {note}" for note in data.notes)]
     return "\n".join(lines)
+
+
+def _picture_lines(facts: Preflight) -> list[str]:
+    """What happens to pictures on their way to their size."""
+    lines = _list(facts.crops, "are cropped by more than 1 %", lambda p: f"{p.fit.crop_loss:.1%} cut off")
+    lines += _list(facts.upscaled, "are enlarged", lambda p: f"{p.fit.scale:.2f} times")
+    return lines + _list(
+        facts.small, "are trained smaller than asked, to limit enlarging", lambda p: f"{p.fit.width} x {p.fit.height}"
+    )
 
 
 def _curriculum_lines(stages: Sequence[StageFacts]) -> list[str]:

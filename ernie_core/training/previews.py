@@ -134,8 +134,22 @@ def smooth(points: Sequence[tuple[float, float]], *, span: int = 50) -> list[tup
     return out
 
 
+_DISTIL = {
+    "fake score: loss on new pictures and on seen ones (the gap is its lag)": {
+        "new": "fake_fresh",
+        "seen": "fake_seen",
+    },
+    "way to the teachers: cosine with the push (0 = astray), share that is pushed (falls)": {
+        "dm_cos": "dm_cos",
+        "dm_mag_ratio": "dm_mag_ratio",
+    },
+    "contrast of the student's pictures (must stay)": {"x_std": "x_std"},
+    "terms": {"matching": "loss_dm", "guidance": "loss_ca", "anchor": "anchor", "gan": "gan", "critic": "critic"},
+}
+
+
 def curve_panels(events: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list[tuple[float, float]]]]:
-    """What `draw_curves` draws of a run's progress: loss, and for DPO the errors against the reference."""
+    """What `draw_curves` draws of a run's progress: the loss, DPO's errors, the health of a distillation."""
     steps = [e for e in events if e.get("event") == "step"]
 
     def line(name: str) -> list[tuple[float, float]]:
@@ -153,6 +167,9 @@ def curve_panels(events: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, lis
             "loser": smooth(line("lose_excess")),
         }
         panels["implicit accuracy"] = {"average": smooth(line("accuracy"))}
+    if any("loss_fake" in e for e in steps):
+        for title, names in _DISTIL.items():
+            panels[title] = {label: smooth(line(name)) for label, name in names.items() if line(name)}
     panels["gradient norm"] = {"every step": line("grad_norm")}
     return panels
 

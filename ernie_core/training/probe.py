@@ -85,6 +85,9 @@ def probe(recipe: Recipe, size: tuple[int, int], *, text_tokens: int = 256, devi
     world = World(device=join_world(device).device)
     # Nothing is cached or drawn, and nobody waits for other processes.
     recipe = replace(recipe, samples=SampleConfig(), tensorboard=False, reference_bank=0)
+    if recipe.objective == "distil":  # what most steps of a run are
+        fake = replace(recipe.distil.fake, warmup=0)
+        recipe = replace(recipe, distil=replace(recipe.distil, trajectory_steps=0, fake=fake))
     if world.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(world.device)
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode(False), torch.enable_grad():

@@ -8,6 +8,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..batch import Problem
 from ..errors import ErnieError
 from .captions import DEFAULT_STYLE, Caption
 from .items import MANIFEST_VERSION, DatasetOptions, Item, read_lines, write_lines
@@ -24,6 +25,8 @@ class Prompts:
 
     items: tuple[Item, ...]
     options: DatasetOptions = OPTIONS
+    problems: tuple[Problem, ...] = ()
+    notes: tuple[Problem, ...] = ()
 
     def __len__(self) -> int:
         return len(self.items)

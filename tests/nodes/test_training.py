@@ -5,6 +5,7 @@ The networks are random and tiny; what training achieves is measured elsewhere.
 
 import dataclasses
 import importlib
+import json
 import typing
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from ernie_pack.ernie_core.errors import ErnieError, Interrupted
+from ernie_pack.ernie_core.training import distillation
 from ernie_pack.ernie_core.training.adapters import ADAPTER_ALGORITHMS
 from ernie_pack.ernie_core.training.blocks import skip_list
 from ernie_pack.ernie_core.training.job import status
@@ -32,10 +34,12 @@ from random_models import DIT, RELEASED_FILES, write_random_models
 from small_data import write_pairs, write_pictures
 
 nodes = importlib.import_module("ernie_pack.nodes.training")
+distilling = importlib.import_module("ernie_pack.nodes.distilling")
 recipes = importlib.import_module("ernie_pack.nodes.recipes")
 
 SMALL = {"steps": 3, "rank": 2, "resolution": "64", "precision": "fp32", "save_every": 2}
-RECIPES = ("ErnieRecipe", "ErnieRecipeDPO")
+DISTIL = {"student_steps": 2, "fake_warmup": 2, "fake_updates": 2}
+RECIPES = ("ErnieRecipe", "ErnieRecipeDPO", "ErnieRecipeDistil")
 
 
 @pytest.fixture(scope="module")
@@ -120,15 +124,24 @@ def test_the_choices_are_those_of_the_engine():
     assert set(recipes.SCHEDULES) == set(typing.get_args(ScheduleName))
 
 
-@pytest.mark.parametrize(("node_id", "objective"), zip(RECIPES, ("sft", "dpo"), strict=True))
+@pytest.mark.parametrize(("node_id", "objective"), zip(RECIPES[:2], ("sft", "dpo"), strict=True))
 def test_the_defaults_are_those_of_the_engine(node, node_id, objective):
     (recipe,) = node(node_id).args
     assert recipe == Recipe(name="my_lora", models=ModelPaths(transformer=""), objective=objective)
 
 
+def test_the_defaults_of_a_distillation_are_those_of_the_engine(node):
+    (recipe,) = node("ErnieRecipeDistil").args
+    wanted = Recipe(name="my_lora", models=ModelPaths(transformer=""), objective="distil", steps=1000)
+    assert recipe == dataclasses.replace(wanted, optimiser=dataclasses.replace(wanted.optimiser, lr=5e-5))
+    assert (*distilling.FORMS,) == typing.get_args(distillation.Form)
+    assert (*distilling.GRADIENTS,) == typing.get_args(distillation.GradientStep)
+    assert (*distilling.ROLLOUTS,) == typing.get_args(distillation.Rollout)
+
+
 @pytest.mark.parametrize("node_id", RECIPES)
 def test_every_widget_of_a_recipe_has_its_place(classes, session, node_id):
-    names = {item.id for item in classes[node_id].GET_SCHEMA().inputs} - {"settings"}
+    names = {item.id for item in classes[node_id].GET_SCHEMA().inputs} - {"settings", "teachers"}
     assert names <= recipes.PATHS.keys()
     values = recipe_from_dict({"name": "a", "models": {"transformer": ""}}).to_dict()
     for name in names:
@@ -231,6 +244,17 @@ def test_preflight_looks_at_one_kind_of_data(node):
         node("ErniePreflight", dataset=dataset, recipe=node("ErnieRecipeDPO")[0])
 
 
+def test_preflight_counts_prompts_and_measures_steps_of_a_distillation(node):
+    recipe = node("ErnieRecipeDistil", **SMALL, **DISTIL, prompts="a star\na red ring\na star")[0]
+    models = node("ErnieTrainingModels", **chosen_models())[0]
+    text, pictures = node("ErniePreflight", recipe=recipe, models=models).args
+    assert "3 prompts, 3 samples per epoch" in text
+    assert "## Pictures" not in text
+    assert "1 exact" in text
+    assert "measured" in text
+    assert len(pictures) == 3
+
+
 # --- training ---
 
 
@@ -245,6 +269,42 @@ def test_a_lora_is_trained_published_and_handed_on(train, session):
     assert status(job).state == "finished"
     assert job.recipe().models.path("vae").is_absolute()
     assert "finished" in session.shown["7"]
+
+
+def test_a_student_is_distilled_from_prompts_alone(train, node, session):
+    recipe = node("ErnieRecipeDistil", **SMALL, **DISTIL, prompts="a star\na ring")[0]
+    models = node("ErnieTrainingModels", **chosen_models())[0]
+    lora, path, _ = node("ErnieTrain", recipe=recipe, models=models, process="this one").args
+    assert any(t.float().abs().max() > 0 for name, t in lora.items() if "lora_B" in name), "it learnt nothing"
+    metadata = read_header(Path(path))[1]
+    assert json.loads(metadata["ernie.sampling"])["steps"] == 2
+    report, curves = (node("ErnieTrainingReport", name="my_lora").args[i] for i in (2, 0))
+    assert "sample with 2 steps, shift 4, cfg 1" in report
+    assert "teachers: base at cfg 4" in report
+    assert curves.shape[1] == 6 * 260  # loss, lag, way, contrast, terms, gradient
+
+
+def test_a_lora_teaches_through_the_table(train, node, session):
+    train()
+    table = node("ErnieTeacherTable", lora_1="my_lora.safetensors", text="* | * | * | my_lora")[0]
+    recipe = node("ErnieRecipeDistil", **SMALL, **DISTIL, name="fast", prompts="a star", teachers=table)[0]
+    assert recipe.distil.table.used() == ("my_lora",)
+    models = node("ErnieTrainingModels", **chosen_models())[0]
+    _, fast, _ = node("ErnieTrain", recipe=recipe, models=models, process="this one").args
+    (teacher,) = json.loads(read_header(Path(fast))[1]["ernie.teachers"])
+    assert teacher["lora"] == "my_lora.safetensors"
+
+
+def test_a_distillation_wants_prompts_or_pictures(node):
+    models = node("ErnieTrainingModels", **chosen_models())[0]
+    recipe = node("ErnieRecipeDistil", **SMALL)[0]
+    with pytest.raises(ErnieError, match="distillation needs prompts"):
+        node("ErnieTrain", recipe=recipe, models=models)
+    with pytest.raises(ErnieError, match=r"\(distil\) trains on dataset, which is not connected"):
+        node("ErnieTrain", recipe=recipe, models=models, pairs=node("ErniePairsFolder", path="pairs")[0])
+    own = node("ErnieRecipeDistil", **SMALL, prompts="a star")[0]
+    with pytest.raises(ErnieError, match="has prompts of its own"):
+        node("ErnieTrain", recipe=own, models=models, dataset=node("ErnieDatasetFolder", path="pictures")[0])
 
 
 @pytest.mark.parametrize("process", ["this one", pytest.param("worker", marks=pytest.mark.slow)])

@@ -65,6 +65,12 @@ RECIPE_WIDGETS = (
     *("optimiser", "schedule", "warmup", "ema", "noise_levels", "skip_blocks", "skip_share", "stream"),
     *("initial_lora", "settings", "noise_start", "noise_end"),
 )
+NOT_DISTILLED = ("noise_levels", "skip_blocks", "skip_share", "noise_start", "noise_end")
+DISTIL_WIDGETS = (
+    *(w for w in RECIPE_WIDGETS if w not in NOT_DISTILLED),
+    *("prompts", "student_steps", "student_shift", "teacher_cfg", "trajectory_steps", "form", "gradient", "rollout"),
+    *("fake_updates", "fake_learning_rate", "fake_rank", "fake_warmup", "anchor_weight", "gan_weight", "stop_on_alarm"),
+)
 WIDGETS = [
     *[("ErnieLoadDiffusionModel", w) for w in ("model_name", "weight_dtype")],
     *[("ErnieLoadTextEncoder", w) for w in ("encoder_name", "rope")],
@@ -104,6 +110,7 @@ WIDGETS = [
     *[("ErniePairsFolder", w) for w in ("missing_caption", "default_caption")],
     *[("ErnieTrainingModels", w) for w in ("model_name", "encoder_name", "vae_name", "turbo_name")],
     *[(node, w) for node in ("ErnieRecipe", "ErnieRecipeDPO") for w in RECIPE_WIDGETS],
+    *[("ErnieRecipeDistil", w) for w in DISTIL_WIDGETS],
     *[("ErnieRecipe", w) for w in ("region_weight", "keyword_weight")],
     *[("ErnieRecipeDPO", w) for w in ("beta", "anchor_win", "anchor_lose", "reduction", "anchor_reduction")],
     *[("ErnieRecipeDPO", w) for w in ("auto_beta", "sdpo_mu", "reference_lora", "reference_bank")],

@@ -41,7 +41,9 @@ def shrink(prompt: dict, *, side_px: int, steps: int) -> dict:
             inputs["steps"] = min(steps, inputs["steps"])
         if "max_new_tokens" in inputs:
             inputs["max_new_tokens"] = MAX_WORDS
-        if node["class_type"] in ("ErnieRecipe", "ErnieRecipeDPO"):
+        if node["class_type"] == "ErnieRecipeDistil":
+            inputs |= {"fake_warmup": 1, "fake_updates": 1, "trajectory_steps": min(1, inputs["trajectory_steps"])}
+        if node["class_type"] in ("ErnieRecipe", "ErnieRecipeDPO", "ErnieRecipeDistil"):
             inputs |= {"rank": 2, "resolution": str(side_px), "precision": "fp32", "save_every": steps}
             inputs |= {"sample_width": side_px, "sample_height": side_px, "sample_every": 0}
             inputs["settings"] = f"[samples]\nbase_steps = {steps}"
