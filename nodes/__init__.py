@@ -35,6 +35,14 @@ class ErnieExtension(ComfyExtension):
         from .grid import ErnieXYGrid
         from .guidance import ErnieGuidance, ErnieNegativeForTurbo, ErnieSeedVariety, ErnieSkipLayerGuidance
         from .inpainting import ErnieHardInpaint, ErnieInpaintPrepare, ErnieInpaintStitch
+        from .labelling import (
+            ErnieCurateCaptions,
+            ErnieCurateCaptionStyles,
+            ErnieCurateCategories,
+            ErnieCurateScores,
+            ErnieLoadCaptioner,
+            ErnieServerCaptioner,
+        )
         from .layout import ErnieLayoutPrompt
         from .loading import (
             ErnieLoadDiffusionModel,
@@ -107,6 +115,12 @@ class ErnieExtension(ComfyExtension):
             ErnieDatasetImages,
             ErniePairsFolder,
             ErnieTrainingModels,
+            ErnieLoadCaptioner,
+            ErnieServerCaptioner,
+            ErnieCurateCategories,
+            ErnieCurateCaptions,
+            ErnieCurateCaptionStyles,
+            ErnieCurateScores,
             ErnieSamplingPlan,
             ErnieRecipe,
             ErnieRecipeDPO,

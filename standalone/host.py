@@ -710,6 +710,7 @@ def set_experts(model: Model, experts: Sequence[Any], *, blend: float = 0.0) -> 
 # ---------------------------------------------------------------------------------------------------- scorers
 
 SCORER_FOLDERS = ("scorers", "aesthetic", "clip_vision")
+CAPTIONER_FOLDERS = ("captioners", "LLM", "VLM")
 
 
 def list_scorers() -> list[str]:
@@ -724,6 +725,23 @@ def list_scorers() -> list[str]:
 def scorer_path(name: str) -> Path:
     """Return the file or folder behind a name from `list_scorers`; ErnieError when there is none."""
     if session.models is None or not (session.models / name).exists() or name.partition("/")[0] not in SCORER_FOLDERS:
+        raise ErnieError(f"{name!r} expected in {session.models or '--models'}, it is not there; choose another.")
+    return session.models / name
+
+
+def list_captioners() -> list[str]:
+    """Return model folders that may describe pictures, with the name of their place in front."""
+    from ..ernie_core.scoring.files import list_weights
+
+    if session.models is None:
+        return []
+    found = ((place, name) for place in CAPTIONER_FOLDERS for name in list_weights(session.models / place))
+    return [f"{place}/{name}" for place, name in found if name.endswith("/")]
+
+
+def captioner_path(name: str) -> Path:
+    """Return the folder behind a name from `list_captioners`; ErnieError when there is none."""
+    if session.models is None or name.partition("/")[0] not in CAPTIONER_FOLDERS:
         raise ErnieError(f"{name!r} expected in {session.models or '--models'}, it is not there; choose another.")
     return session.models / name
 

@@ -10,7 +10,7 @@ import ast
 import functools
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +178,17 @@ def _texts(value: Any, *, split: bool = False) -> list[str] | None:
         if kept and (not split or len(kept) < 100) and kept.lower() not in instructions()["nothing"]:
             made.append(kept)
     return list(dict.fromkeys(made))
+
+
+def check_lengths(lengths: Sequence[str]) -> tuple[str, ...]:
+    """Those of LENGTHS that are asked for, in that order.
+
+    Raises ErnieError: another one, or none.
+    """
+    unknown = [length for length in lengths if length not in LENGTHS]
+    if unknown or not lengths:
+        raise ErnieError(f"lengths must be some of {', '.join(LENGTHS)}, got {', '.join(unknown) or 'none'}.")
+    return tuple(length for length in LENGTHS if length in lengths)
 
 
 def is_refusal(answer: str) -> bool:

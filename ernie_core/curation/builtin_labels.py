@@ -24,6 +24,7 @@ import numpy as np
 from PIL import Image
 
 from ..errors import ErnieError
+from .answers import LENGTHS, check_lengths
 from .categories import Assignment
 from .manifest import Row
 
@@ -134,11 +135,19 @@ def _assign(look: Look) -> Assignment:
 class BuiltinCaptioner:
     """Captions that say what was measured, in English, such as "A bright graphic, mostly white with some red"."""
 
+    def __init__(self, lengths: Sequence[str] = LENGTHS):
+        """Raises ErnieError: an unknown length, or none."""
+        self.lengths = check_lengths(lengths)
+
     def key(self) -> str:
-        return f"built-in:{RULES}"
+        return f"built-in:{RULES} {self.lengths}"
 
     def describe(self, rows: Sequence[Row], pictures: Sequence[Image.Image]) -> list[Row | ErnieError]:  # noqa: ARG002
-        return [_describe(measure_look(picture)) for picture in pictures]
+        made: list[Row | ErnieError] = []
+        for picture in pictures:
+            columns = _describe(measure_look(picture))
+            made.append(columns | {"captions": {length: columns["captions"][length] for length in self.lengths}})
+        return made
 
 
 def _describe(look: Look) -> Row:

@@ -19,7 +19,7 @@ from PIL import Image
 from ..enhancing.quotes import quoted_texts
 from ..enhancing.writing import shown_sentence
 from ..errors import ErnieError
-from .answers import LENGTHS, instructions, is_refusal, read_description
+from .answers import LENGTHS, check_lengths, instructions, is_refusal, read_description
 from .manifest import Row, open_picture
 from .vision_language import Question, Writer, question_seed
 
@@ -86,9 +86,6 @@ class LanguageCaptioner:
         Raises:
             ErnieError: a value is out of its range.
         """
-        unknown = [length for length in lengths if length not in LENGTHS]
-        if unknown or not lengths:
-            raise ErnieError(f"lengths must be some of {', '.join(LENGTHS)}, got {', '.join(unknown) or 'none'}.")
         if form not in FORMS:
             raise ErnieError(f"form must be one of {', '.join(FORMS)}, got {form!r}.")
         if not 0 <= temperature <= 2:
@@ -99,7 +96,7 @@ class LanguageCaptioner:
         if not language.strip():
             raise ErnieError("language is empty; name one, such as English.")
         self.writer = writer
-        self.lengths = tuple(length for length in LENGTHS if length in lengths)
+        self.lengths = check_lengths(lengths)
         self.form: Form = form
         self.language, self.hints, self.instruction = language.strip(), hints, instruction.strip()
         self.temperature, self.max_tokens, self.retries, self.seed = temperature, max_tokens, retries, seed

@@ -127,7 +127,7 @@ def _writer(args: argparse.Namespace) -> tuple[Any, Any]:
     limits = Limits(**{name: getattr(args, name) for name in names})
     ledger = args.target.with_name(f"{args.target.name}.spent.jsonl")
     writer = ServerWriter(server, limits=limits, ledger=ledger, concurrency=args.concurrency, max_side_px=args.max_side)
-    return writer, lambda: f"{writer.ledger.describe(limits)} ({ledger})"
+    return writer, writer.spent
 
 
 def categories(args: argparse.Namespace, how: Mapping[str, Any]) -> Iterator[str]:
@@ -200,7 +200,7 @@ def captions(args: argparse.Namespace, how: Mapping[str, Any]) -> Iterator[str]:
             seed=args.seed,
         )
     else:
-        chosen = OwnLabels(args.function) if args.function else BuiltinCaptioner()
+        chosen = OwnLabels(args.function) if args.function else BuiltinCaptioner(args.lengths)
     yield str(run_stage(Captions(chosen, batch_size=args.batch_size), args.source, args.target, **how))
     yield report(read_rows(args.target))
     if spent:

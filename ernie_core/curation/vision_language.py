@@ -383,7 +383,7 @@ class ServerWriter:
         server: ChatServer,
         *,
         limits: Limits | None = None,
-        ledger: Path,
+        ledger: Path | None = None,
         concurrency: int = 4,
         max_side_px: int = MAX_SIDE_PX,
         quality: int = 90,
@@ -391,7 +391,7 @@ class ServerWriter:
         """Sends nothing yet.
 
         Args:
-            ledger: file that limits are counted in.
+            ledger: file that limits are counted in; None = none yet, see `counted_in`.
             concurrency: questions under way at once.
             max_side_px: larger pictures are scaled down before they are sent.
             quality: of the JPEG that is sent, 1..100.
@@ -404,7 +404,7 @@ class ServerWriter:
         _check_side(max_side_px)
         self.server = server
         self.limits = limits or Limits()
-        self.ledger = Ledger(ledger)
+        self.ledger = Ledger(ledger) if ledger is not None else None
         self.concurrency = concurrency
         self.max_side_px = max_side_px
         self.quality = quality
@@ -420,6 +420,22 @@ class ServerWriter:
         )
         return {**vars(self), "server": server}
 
+    def counted_in(self, ledger: Path) -> ServerWriter:
+        """The same with its questions counted in `ledger`."""
+        return ServerWriter(
+            self.server,
+            limits=self.limits,
+            ledger=ledger,
+            concurrency=self.concurrency,
+            max_side_px=self.max_side_px,
+            quality=self.quality,
+        )
+
+    def spent(self) -> str:
+        """What was spent by now, as text."""
+        assert self.ledger is not None
+        return f"{self.ledger.describe(self.limits)} ({self.ledger.path})"
+
     def key(self) -> str:
         return f"server {self.server.fingerprint} {self.max_side_px} {self.quality}"
 
@@ -431,6 +447,7 @@ class ServerWriter:
             return list(pool.map(ask, questions, seeds))
 
     def _ask(self, question: Question, seed: int, *, temperature: float, max_tokens: int) -> str | ErnieError:
+        assert self.ledger is not None, "questions are counted: take `counted_in`"
         try:
             while wait := self.ledger.ask(self.limits):
                 self.server.wait(wait)

@@ -7,6 +7,7 @@ imported anywhere.
 
 from .batches import makes_rows_here, run_rows, take_studio
 from .cache import set_step_cache
+from .captioners import captioner_path, list_captioners
 from .editing import sample_branches
 from .experts import set_experts
 from .files import (

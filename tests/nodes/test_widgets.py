@@ -266,6 +266,15 @@ def test_no_widget_is_left_out_above(node_classes, recording):
         for item in node_classes[node_id].GET_SCHEMA().inputs
         if item.get_io_type() in ("COMBO", "BOOLEAN", "STRING", "INT", "FLOAT")
     }
+    elsewhere |= {  # all of these in test_labelling.py, by the key of the stage or by what is sent
+        (node_id, item.id)
+        for node_id in (
+            *("ErnieCurateCategories", "ErnieCurateCaptions", "ErnieCurateCaptionStyles", "ErnieCurateScores"),
+            *("ErnieLoadCaptioner", "ErnieServerCaptioner"),
+        )
+        for item in node_classes[node_id].GET_SCHEMA().inputs
+        if item.get_io_type() in ("COMBO", "BOOLEAN", "STRING", "INT", "FLOAT")
+    }
     elsewhere |= {  # all of these in test_mixing.py, with a manifest
         ("ErnieSamplingPlan", item.id)
         for item in node_classes["ErnieSamplingPlan"].GET_SCHEMA().inputs

@@ -80,6 +80,12 @@ class RecordingHost:
     def tokenizer_folders(self):
         return []
 
+    def list_captioners(self):
+        return ["VLM/vlm/"]
+
+    def captioner_path(self, name):
+        return self.folder / name
+
     def scorer_layers(self):
         return None
 
