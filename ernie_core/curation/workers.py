@@ -19,7 +19,7 @@ import queue
 import subprocess
 import sys
 import threading
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,7 +29,7 @@ from .manifest import Row, to_line
 
 logger = logging.getLogger(__name__)
 
-MAX_DEATHS = 2  # workers that a batch may take with it before its rows are tried one by one, and then a row
+MAX_DEATHS = 2  # processes that a batch may take with it before its rows are tried one by one, and then a row
 _RAY_BYTES = 64 << 20  # of rows that one Ray Data execution is given: the driver's memory stays constant
 
 Batch = tuple[int, list[Row]]  # (its number, its rows)
@@ -105,11 +105,26 @@ def serve() -> None:
     os.dup2(2, 1)  # what a library prints must not stand among the answers
     stage = pickle.loads(base64.b64decode(sys.stdin.buffer.readline()))
     for line in sys.stdin.buffer:
-        answers.write(answer(stage, line.decode()).encode() + b"\n")
+        answers.write(_answer(lambda line=line: compute(stage, json.loads(line))).encode() + b"\n")
         answers.flush()
 
 
-class _Worker:
+def _answer(make: Callable[[], list[Row]]) -> str:
+    """What a worker says to a batch, in JSON: {"made": columns}, or {"error": reason} when the stage cannot run."""
+    try:
+        return json.dumps({"made": make()})
+    except (ErnieError, Interrupted) as e:
+        return json.dumps({"error": str(e)})
+
+
+def _read_answer(text: str | bytes) -> list[Row]:
+    answer = json.loads(text)
+    if "error" in answer:
+        raise ErnieError(answer["error"])
+    return answer["made"]
+
+
+class Worker:
     """One process of this machine; started when it is first needed, and again after its death."""
 
     def __init__(self, stage: Compute):
@@ -118,7 +133,17 @@ class _Worker:
         self.death = ""
         self.ended = False
 
+    def answer(self, rows: str) -> str:
+        """`compute` from JSON to JSON, as `_answer` has it."""
+        return _answer(lambda: self.compute(json.loads(rows)))
+
     def compute(self, rows: list[Row]) -> list[Row]:
+        """The rows' columns; those of a row that `MAX_DEATHS` processes died of are its failure.
+
+        Raises:
+            ErnieError: the stage cannot run.
+            Interrupted: the run has ended.
+        """
         for _ in range(MAX_DEATHS):
             made = self._ask(rows)
             if made is not None:
@@ -131,6 +156,7 @@ class _Worker:
         """The rows' columns; None when the process died of them."""
         if self.ended:
             raise Interrupted("the run has ended.")
+        first = b""
         if self.process is None:
             self.process = subprocess.Popen(
                 [sys.executable, "-c", _START, json.dumps(_setup())],
@@ -139,8 +165,6 @@ class _Worker:
                 env={**os.environ, **_threads()},
             )
             first = base64.b64encode(pickle.dumps(self.stage)) + b"\n"
-        else:
-            first = b""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         try:
@@ -149,18 +173,16 @@ class _Worker:
             line = self.process.stdout.readline()
         except OSError:
             line = b""
-        if not line.endswith(b"\n"):
-            code = self.process.wait()
-            self.death = f"signal {-code}" if code < 0 else f"exit code {code}"
-            logger.warning("a worker of %s died (%s); another one goes on.", self.stage.name, self.death)
-            self.close()
-            return None
-        answer = json.loads(line)
-        if "error" in answer:
-            raise ErnieError(answer["error"])
-        return answer["made"]
+        if line.endswith(b"\n"):
+            return _read_answer(line)
+        code = self.process.wait()
+        self.death = f"signal {-code}" if code < 0 else f"exit code {code}"
+        logger.warning("a worker of %s died (%s); another one goes on.", self.stage.name, self.death)
+        self.close()
+        return None
 
     def close(self) -> None:
+        """End the process."""
         if self.process is not None:
             self.process.kill()
             self.process.communicate()
@@ -177,9 +199,9 @@ def run_processes(stage: Compute, batches: Iterator[Batch], workers: int) -> Gen
     """As `run_here`, by `workers` processes, in the order in which batches are finished."""
     tasks: queue.Queue[Batch | None] = queue.Queue()
     answers: queue.Queue[tuple[int, list[Row] | Exception]] = queue.Queue()
-    pool = [_Worker(stage) for _ in range(workers)]
+    pool = [Worker(stage) for _ in range(workers)]
 
-    def work(worker: _Worker) -> None:
+    def work(worker: Worker) -> None:
         while (task := tasks.get()) is not None:
             number, rows = task
             try:
@@ -225,81 +247,49 @@ def run_processes(stage: Compute, batches: Iterator[Batch], workers: int) -> Gen
 def run_ray(stage: Compute, batches: Iterator[Batch], workers: int, address: str) -> Generator[Batch, None, None]:
     """As `run_here`, by `workers` actors of a Ray Data pipeline, in the order in which batches are finished.
 
+    An actor computes in a process of its own, as `run_processes` does: what kills that does not kill the actor. Ray
+    starts the actors of a lost machine again.
+
     Raises:
-        ErnieError: Ray is not installed or not reached.
+        ErnieError: Ray is not installed, not reached, or gave up; finished batches were given out before.
     """
     ray, connected_here = connect_ray(address, workers)
     try:
         while group := _take_group(batches):
-            yield from _run_group(ray, stage, group, workers)
+            yield from _map(ray, stage, group, workers)
+    except ray.exceptions.RayError as e:
+        reason = " ".join(str(e).split())[:300]
+        raise ErnieError(f"Ray gave up on {stage.name} ({reason}). What is made is kept; run again to go on.") from e
     finally:
         if connected_here:
             ray.shutdown()
 
 
-def _take_group(batches: Iterator[Batch]) -> list[tuple[int, str]]:
-    """The next batches as (number, rows in JSON), up to `_RAY_BYTES`."""
+def _take_group(batches: Iterator[Batch]) -> list[dict[str, Any]]:
+    """The next batches as {number, rows in JSON}, up to `_RAY_BYTES`."""
     group, size = [], 0
     while size < _RAY_BYTES and (batch := next(batches, None)) is not None:
         text = json.dumps(batch[1])
-        group.append((batch[0], text))
+        group.append({"number": batch[0], "rows": text})
         size += len(text)
     return group
 
 
-def _run_group(ray: Any, stage: Compute, group: list[tuple[int, str]], workers: int) -> Iterator[Batch]:
-    left = dict(group)
-    try:
-        for number, made in _map(ray, stage, left, workers):
-            del left[number]
-            yield number, made
-    except ray.exceptions.RayError as e:
-        logger.warning("Ray gave up on a batch of %s (%s); the rest are tried singly.", stage.name, _brief(e))
-    for number, text in left.items():
-        yield number, _try_alone(ray, stage, json.loads(text))
-
-
-def _try_alone(ray: Any, stage: Compute, rows: list[Row]) -> list[Row]:
-    try:
-        return next(_map(ray, stage, {0: json.dumps(rows)}, 1))[1]
-    except ray.exceptions.RayError as e:
-        if len(rows) == 1:
-            return [{"failed": f"the workers that made it died ({_brief(e)})"}]
-    return [_try_alone(ray, stage, [row])[0] for row in rows]
-
-
-def _brief(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]
-
-
-def _map(ray: Any, stage: Compute, texts: dict[int, str], workers: int) -> Iterator[Batch]:
-    """(number, columns) by a Ray Data pipeline.
-
-    Raises:
-        ErnieError: the stage cannot run at all.
-        ray.exceptions.RayError: a batch took `MAX_DEATHS` workers with it.
-    """
+def _map(ray: Any, stage: Compute, group: list[dict[str, Any]], workers: int) -> Iterator[Batch]:
     import ray.data
 
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
-    context.execution_options.preserve_order = False
     gpus = int(ray.cluster_resources().get("GPU", 0)) if getattr(stage, "wants_gpu", False) else 0
-    items = [{"number": number, "rows": text} for number, text in texts.items()]
-    pipeline = ray.data.from_items(items, override_num_blocks=len(items)).map(
+    pipeline = ray.data.from_items(group, override_num_blocks=len(group)).map(
         _actor_class(),
         fn_constructor_args=(_setup(), pickle.dumps(stage), _threads()),
-        concurrency=min(workers, len(items)),
+        concurrency=min(workers, len(group)),
         num_cpus=1,
         num_gpus=1 if gpus else 0,
-        max_restarts=MAX_DEATHS,
-        max_task_retries=MAX_DEATHS,
     )
     for item in pipeline.iter_rows():
-        answer = json.loads(item["answer"])
-        if "error" in answer:
-            raise ErnieError(answer["error"])
-        yield item["number"], answer["made"]
+        yield item["number"], _read_answer(item["answer"])
 
 
 def _actor_class() -> type:
@@ -319,18 +309,9 @@ def _actor_class() -> type:
                 if name not in sys.modules:
                     package = sys.modules[name] = types.ModuleType(name)
                     package.__path__ = [folder] if folder else []
-            self.answer = importlib.import_module(setup["module"]).answer
-            self.stage = pickle.loads(stage)
+            self.worker = importlib.import_module(setup["module"]).Worker(pickle.loads(stage))
 
         def __call__(self, item: dict) -> dict:
-            return {"number": item["number"], "answer": self.answer(self.stage, item["rows"])}
+            return {"number": item["number"], "answer": self.worker.answer(item["rows"])}
 
     return Actor
-
-
-def answer(stage: Compute, rows: str) -> str:
-    """What a worker says to a batch, in JSON: {"made": columns}, or {"error": reason} when the stage cannot run."""
-    try:
-        return json.dumps({"made": compute(stage, json.loads(rows))})
-    except (ErnieError, Interrupted) as e:
-        return json.dumps({"error": str(e)})

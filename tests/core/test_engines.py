@@ -180,16 +180,9 @@ def test_killed_at_random_points_it_ends_as_if_it_had_not_been(source, tmp_path,
 
 
 def test_workers_end_with_the_run(source, tmp_path):
-    script = tmp_path / "pids"
-
-    def stop():
-        script.write_text("x")
-        return True
-
+    stage = Double(seconds=0.2, batch_size=1)
     with pytest.raises(Interrupted):
-        run_stage(
-            Double(seconds=5, batch_size=1), source, tmp_path / "o", engine="processes", workers=2, should_stop=stop
-        )
+        run_stage(stage, source, tmp_path / "o", engine="processes", workers=2, should_stop=lambda: True)
     deadline = time.monotonic() + 5
     while children := [p for p in _children() if b"serve()" in p[1]]:
         assert time.monotonic() < deadline, children
