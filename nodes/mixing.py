@@ -6,12 +6,10 @@ import math
 
 from comfy_api.latest import io
 
+from .curation import CATEGORY, manifest_input
 from .dataset import Dataset, caption_inputs, make_options, missing_caption_inputs, on_progress, show
 from .recipes import ADVANCED
 from .training import to_image
-
-CATEGORY = "ERNIE/curation"
-Manifest = io.Custom("ERNIE_MANIFEST")
 
 AS_SET = "as set below"
 PRESETS = (AS_SET, "tempered", "proportional", "uniform over categories", "article: count x mean score")
@@ -30,7 +28,7 @@ class ErnieSamplingPlan(io.ComfyNode):
             category=CATEGORY,
             description="Makes a dataset of a manifest that is drawn by category and score, and shows the mix.",
             inputs=[
-                Manifest.Input("manifest", tooltip="Pictures with categories and scores, from the other Curate nodes."),
+                manifest_input(),
                 io.Combo.Input(
                     "preset",
                     options=list(PRESETS),

@@ -88,12 +88,12 @@ class Mix:
         if often:
             names = ", ".join(f"{c.name} ({c.most:.0f} times)" for c in often[:_NAMED])
             found.append(
-                f"in {len(often)} categories a picture comes more than {OFTEN:g} times per epoch and is learnt by "
+                f"in {_count(len(often))} a picture comes more than {OFTEN:g} times per epoch and is learnt by "
                 f"heart: {names}. Raise alpha or the temperature, or find more pictures"
             )
         rare = sum(c.drawn * self.total < 1 for c in self.categories)
         if rare:
-            found.append(f"{rare} categories are expected less than once per epoch")
+            found.append(f"less than one picture per epoch is expected of {_count(rare)}")
         return found
 
     def report(self) -> str:
@@ -128,6 +128,10 @@ class Mix:
                 f"| {c.name} | {c.count} | {quality} | {c.pool:.2%} | {c.drawn:.2%} | {c.each:.3g} | {c.most:.3g} |"
             )
         return "\n".join(lines)
+
+
+def _count(categories: int) -> str:
+    return "1 category" if categories == 1 else f"{categories} categories"
 
 
 def _both_ends(categories: tuple[CategoryMix, ...], most: int) -> list[CategoryMix | None]:
@@ -204,7 +208,7 @@ def draw_mix(mix: Mix) -> np.ndarray:
         write(pen, (10, y + 6), fit(f"{c.name} ({c.count})", _LEFT - 20, TEXT_PX))
         for top, share, colour in ((y + 2, c.pool, _POOL), (y + 13, c.drawn, _DRAWS)):
             pen.rectangle((_LEFT, top, _LEFT + max(1, (_RIGHT - _LEFT) * share / widest), top + 9), fill=colour)
-        write(pen, (_RIGHT + 20, y + 6), f"{c.pool:.1%} -> {c.drawn:.1%}   {c.each:.3g} x", fill=INK)
+        write(pen, (_RIGHT + 20, y + 6), f"{c.pool:.1%} -> {c.drawn:.1%}, {c.each:.3g} x", fill=INK)
     return np.asarray(sheet)
 
 
