@@ -47,6 +47,8 @@ def shrink(prompt: dict, *, side_px: int, steps: int) -> dict:
             inputs |= {"rank": 2, "resolution": str(side_px), "precision": "fp32", "save_every": steps}
             inputs |= {"sample_width": side_px, "sample_height": side_px, "sample_every": 0}
             inputs["settings"] = f"[samples]\nbase_steps = {steps}"
+        if node["class_type"] == "ErnieCurateFilter":
+            inputs["min_side"] = 0  # the pictures to learn from are smaller still
         if node["class_type"] == "ErnieChoosePairs":
             inputs["source"] = "scorer"  # nobody is there to answer the tournament
         if node["class_type"] == "ErnieInpaintPrepare":
