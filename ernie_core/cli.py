@@ -8,6 +8,7 @@ preflight what the data looks like and what the run will cost, before it starts
 lora      inspect, convert, resize, extract, merge LoRA files
 adviser   which files to load on this machine, why, and what they will take
 curate    from a pile of pictures to a training set: ingest, filter, label, score, mix, export
+evaluate  prompt sets with categories: what they hold, verdicts as rates with intervals, FID and CMMD of two folders
 benchmark scorers against people (aesthetic); LongText-Bench and GenEval from OCR text and detections
 """
 
@@ -56,6 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add_lora_commands(commands)
     _add_benchmark_commands(commands)
     _add_curate_commands(commands)
+    _add_evaluate_commands(commands)
     args = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     try:
@@ -305,7 +307,14 @@ def _add_curate_commands(commands: Any) -> None:
     add_commands(commands.add_parser("curate", help="from a pile of pictures to a training set"))
 
 
-def _curate(args: argparse.Namespace) -> int:
+def _add_evaluate_commands(commands: Any) -> None:
+    from .evaluation.commands import add_commands
+
+    add_commands(commands.add_parser("evaluate", help="prompt sets, reports by category, FID and CMMD"), _open_scorer)
+
+
+def _run_lines(args: argparse.Namespace) -> int:
+    """Commands that say themselves what they do, and yield lines."""
     for line in args.run(args):
         print(line, flush=True)
     return 0
@@ -335,7 +344,8 @@ def _open_scorer(name: str, device: str | None) -> Any:
 _COMMANDS = {
     "adviser": _adviser,
     "benchmark": _benchmark,
-    "curate": _curate,
+    "curate": _run_lines,
+    "evaluate": _run_lines,
     "train": _train,
     "status": _status,
     "stop": _stop,

@@ -31,10 +31,12 @@ class ErnieExtension(ComfyExtension):
             ErnieStyleStatistics,
             ErnieVariation,
         )
+        from .evaluation import ErnieEvaluationReport, ErnieFolderDistance, ErnieJudgeByScorer
         from .experts import ErnieExpert, ErnieMixExperts
         from .grid import ErnieXYGrid
         from .guidance import ErnieGuidance, ErnieNegativeForTurbo, ErnieSeedVariety, ErnieSkipLayerGuidance
         from .inpainting import ErnieHardInpaint, ErnieInpaintPrepare, ErnieInpaintStitch
+        from .judging import ErnieJudgeByPeople
         from .labelling import (
             ErnieCurateCaptions,
             ErnieCurateCaptionStyles,
@@ -53,6 +55,7 @@ class ErnieExtension(ComfyExtension):
         )
         from .lora import ErnieConvertLora, ErnieExtractLora, ErnieLoadLora, ErnieMergeLora, ErnieResizeLora
         from .mixing import ErnieSamplingPlan
+        from .prompt_sets import ErniePromptSet
         from .recipes import ErnieRecipe, ErnieRecipeDPO, ErnieTrainingModels
         from .regions import ErnieRegionalPrompt
         from .sampling import ErnieEmptyLatent, ErnieSampler, ErnieSamplerSelect, ErnieSigmas
@@ -146,6 +149,11 @@ class ErnieExtension(ComfyExtension):
             ErnieCurateFilter,
             ErnieCurationReport,
             ErnieCurateExport,
+            ErniePromptSet,
+            ErnieJudgeByPeople,
+            ErnieJudgeByScorer,
+            ErnieEvaluationReport,
+            ErnieFolderDistance,
             ErnieHardwareAdviser,
         ]
 
@@ -169,9 +177,10 @@ def make_extension() -> ComfyExtension:
             found,
         )
         return NoNodes()
+    from . import judging, tournament
     from .picture_notes import note_queued_run
-    from .tournament import serve_routes
 
-    serve_routes()
+    tournament.serve_routes()
+    judging.serve_routes()
     host.watch_queue(note_queued_run)
     return ErnieExtension()

@@ -649,16 +649,28 @@ def get_ranking(path: Mapping, _query: Mapping, _body: Mapping) -> dict[str, Any
 
 
 def get_picture(path: Mapping, query: Mapping, _body: Mapping) -> bytes:
-    """A picture of a tournament, decoded and encoded again: no file is handed out as it is."""
+    """A picture of a tournament."""
+    from ..ernie_core.scoring import judgments
+
+    id_, number = read_number(path["id"], "the tournament"), read_number(path["number"], "the picture")
+    with judgments.open_store(store_path()) as store:
+        file = judgments.picture_path(store, id_, number)
+    return show_picture(file, number, query)
+
+
+def show_picture(file: Path, number: int, query: Mapping) -> bytes:
+    """A picture, decoded and encoded again: no file is handed out as it is.
+
+    Raises:
+        ErnieError: the query's side is no number of pixels that may be asked for.
+        Unknown: the file lies elsewhere or is gone.
+    """
     from ..ernie_core.scoring import judgments
     from ..ernie_core.training.pictures import load_image
 
-    id_, number = read_number(path["id"], "the tournament"), read_number(path["number"], "the picture")
     side = read_number(query.get("side", DEFAULT_SIDE_PX), "side")
     if not SIDES_PX[0] <= side <= SIDES_PX[1]:
         raise ErnieError(f"side must lie between {SIDES_PX[0]} and {SIDES_PX[1]} pixels, got {side}.")
-    with judgments.open_store(store_path()) as store:
-        file = judgments.picture_path(store, id_, number)
     file = file.resolve()
     if not any(file.is_relative_to(root.resolve()) for root in host.picture_folders()):
         raise judgments.Unknown(f"picture {number} lies outside of the folders that may be shown.")

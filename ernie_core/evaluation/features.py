@@ -8,11 +8,12 @@ that the file lacks would be random numbers.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from ..scoring.files import list_pictures
 from ..scoring.network import Place, fingerprint, read_weights, require_transformers, stay
 from ..scoring.store import open_store, writing
 from ..training.pictures import load_image
+from .distances import Distances, compare
 
 DEFAULT_BATCH = 16
 _PREPROCESSING = "preprocessor_config.json"
@@ -252,3 +254,73 @@ def _write_cache(cache: Path | None, model: str, made: dict[str, np.ndarray]) ->
             "INSERT OR REPLACE INTO features VALUES(?,?,?)",
             [(model, picture, vector.tobytes()) for picture, vector in made.items()],
         )
+
+
+# --- two folders --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class FolderDistance:
+    """How far two folders are apart."""
+
+    model: str
+    first: FolderFeatures
+    second: FolderFeatures
+    distances: Distances
+
+    def report(self) -> str:
+        """The numbers with what they rest on, warnings, and pictures that could not be used."""
+        d = self.distances
+        lines = [
+            f"{self.first.folder.name} ({d.num_first} pictures) against {self.second.folder.name} ({d.num_second})",
+            f"features: {d.num_features} of {self.model}",
+            f"FID {d.fid:.6g}",
+            f"CMMD {d.cmmd:.6g} (unbiased); {d.cmmd_published:.6g} as published code computes it",
+            *(f"warning: {text}" for text in d.warnings()),
+        ]
+        for side in (self.first, self.second):
+            lines += [f"{side.folder.name}: {problem}" for problem in side.problems]
+        return "\n".join(lines)
+
+    def to_json(self) -> str:
+        """Every number, both folders and every problem."""
+        told = {
+            "model": self.model,
+            "first": str(self.first.folder),
+            "second": str(self.second.folder),
+            **asdict(self.distances),
+            "warnings": self.distances.warnings(),
+            "problems": {str(side.folder): side.problems for side in (self.first, self.second)},
+        }
+        return json.dumps(told, ensure_ascii=False, indent=1) + "\n"
+
+
+def measure_folders(
+    first: Path,
+    second: Path,
+    model: FeatureModel,
+    *,
+    cache: Path | None = None,
+    batch_size: int = DEFAULT_BATCH,
+    on_progress: Callable[[str, int, int], None] | None = None,
+) -> FolderDistance:
+    """FID and CMMD between the pictures of two folders.
+
+    Args:
+        on_progress: called with (what is done, how much, of how much); may raise to stop.
+
+    Raises:
+        ErnieError: what `read_features` and `distances.compare` raise; or both are the same folder.
+    """
+    if first.resolve() == second.resolve():
+        raise ErnieError(f"both folders are {first}: give two different ones.")
+
+    def tell(what: str) -> Callable[[int, int], None] | None:
+        return None if on_progress is None else functools.partial(on_progress, what)
+
+    sides = [
+        read_features(folder, model, cache=cache, batch_size=batch_size, on_progress=tell(f"features of {folder.name}"))
+        for folder in (first, second)
+    ]
+    found = compare(sides[0].features_ND, sides[1].features_ND, on_block=tell("CMMD"))
+    return FolderDistance(model=model.name, first=sides[0], second=sides[1], distances=found)

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from ..errors import ErnieError
-from ..scoring.charts import draw_intervals, draw_shares, draw_table, stack_pictures
+from ..scoring.charts import GREY, draw_intervals, draw_shares, draw_table, stack_pictures
 from ..scoring.metrics import Interval
 from ..scoring.tables import csv_table, finite, markdown_table
 from ..training.items import write_whole
@@ -100,7 +100,7 @@ class Report:
             title = f"{criterion}: {settings[0]} against {settings[1]} by {judge}"
             names = _outcomes(rows[0])
             shares = [(_label(w), [w.rates[o].interval.value for o in OF_TWO]) for w in rows]
-            parts.append(draw_shares(shares, names, title=title, label="share of pairs"))
+            parts.append(draw_shares(shares, names, colours=(0, GREY, 1), title=title, label="share of pairs"))
             parts.append(draw_table(*_win_table(rows), title=title))
         return stack_pictures(parts)
 

@@ -19,6 +19,7 @@ _COLOURS = (
     *((38, 92, 196), (206, 84, 30), (34, 138, 84), (140, 62, 170)),
     *((186, 140, 16), (20, 140, 160), (200, 50, 100), (110, 110, 118)),
 )
+GREY = 7  # place in the palette
 _TITLE_PX = 15
 _NUMBER = re.compile(r"[-+]?[\d.,]*\d%?|-|n/a|nan", re.IGNORECASE)
 
@@ -209,11 +210,16 @@ def draw_shares(
     rows: Sequence[tuple[str, Sequence[float]]],
     names: Sequence[str],
     *,
+    colours: Sequence[int] | None = None,
     title: str = "",
     label: str = "",
     width: int = 900,
 ) -> np.ndarray:
-    """Shares that add up to 1 as one bar per row, a piece per name in its colour, with its per cent where it fits."""
+    """Shares that add up to 1 as one bar per row, a piece per name in its colour, with its per cent where it fits.
+
+    `colours`: places in the charts' palette, `GREY` for what is between; None = in their order.
+    """
+    hues = list(range(len(names))) if colours is None else list(colours)
     row_px = 26
     chart = _Chart(width, 100 + row_px * max(1, len(rows)), title)
     if not rows:
@@ -229,11 +235,11 @@ def draw_shares(
             start += share
             if b - a < 1:
                 continue
-            chart.pen.rectangle((a, middle - 9, b, middle + 9), fill=_colour(j), outline=PAPER)
+            chart.pen.rectangle((a, middle - 9, b, middle + 9), fill=_colour(hues[j]), outline=PAPER)
             text = f"{100 * share:.0f} %"
             if text_width(text, TEXT_PX) + 8 < b - a:
                 write(chart.pen, ((a + b - text_width(text, TEXT_PX)) / 2, middle - 8), text, fill=PAPER)
-    chart.legend(names)
+    chart.legend(names, hues)
     return chart.pixels()
 
 
@@ -373,10 +379,11 @@ class _Chart:
         up = (y - self.y0) / (self.y1 - self.y0)
         return self.left + across * (self.right - self.left), self.bottom - up * (self.bottom - self.top)
 
-    def legend(self, names: Sequence[str]) -> None:
+    def legend(self, names: Sequence[str], colours: Sequence[int] | None = None) -> None:
         if len(names) < 2:
             return
-        shown = [(fit(name, 140, TEXT_PX), i) for i, name in enumerate(names[:6])]
+        hues = range(len(names)) if colours is None else colours
+        shown = [(fit(name, 140, TEXT_PX), i) for i, name in zip(hues, names[:6], strict=False)]
         if len(names) > len(shown):
             shown.append((f"and {len(names) - len(shown)} more", -1))
         x = self.right - sum(text_width(text, TEXT_PX) + 28 for text, _ in shown)

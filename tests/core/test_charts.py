@@ -4,13 +4,16 @@ import numpy as np
 import pytest
 from ernie_pack.ernie_core.errors import ErnieError
 from ernie_pack.ernie_core.scoring.charts import (
+    GREY,
     Bar,
     Cell,
     contact_sheet,
     draw_bars,
     draw_histogram,
+    draw_intervals,
     draw_number,
     draw_scatter,
+    draw_shares,
     draw_table,
     stack_pictures,
 )
@@ -171,3 +174,24 @@ def test_any_text_is_drawn_without_a_fault(text):
     assert draw_table([text], [[text]], title=text[:50]).ndim == 3
     assert draw_bars([Bar(label=text, value=1.0)], title=text, label=text).shape[1] == 900
     assert draw_scatter({text: [(0, 1)], text + "2": [(1, 2)]}, title=text, x_label=text).shape == (560, 900, 3)
+
+
+def test_intervals_lie_where_their_numbers_are():
+    rows = [("one", [(0.5, 0.25, 0.75), None]), ("two", [(1.0, NAN, NAN), (0.0, 0.0, 0.5)])]
+    picture = draw_intervals(rows, ["blue", "orange"], title="t")
+    bare = draw_intervals([(name, [None, None]) for name, _ in rows], ["blue", "orange"], title="t")
+    changed = (picture != bare).any(axis=2)
+    assert changed.any()
+    columns = np.flatnonzero(changed[52:90].any(axis=0))  # the first row holds one line only
+    axis = np.flatnonzero(changed.any(axis=0))
+    width = axis.max() - axis.min() - 10  # from 0 to 1, less the dots at both ends
+    assert np.ptp(columns) == pytest.approx(width / 2, abs=6)
+    assert draw_intervals([], ["a"]).ndim == draw_intervals([("x", [])], []).ndim == 3
+
+
+def test_shares_fill_the_bar_in_their_proportion():
+    picture = draw_shares([("row", [0.25, 0.0, 0.75])], ["a", "b", "c"], colours=(0, GREY, 1))
+    line = picture[52 + 8]
+    blue, orange = ((line == colour).all(axis=1).sum() for colour in ((38, 92, 196), (206, 84, 30)))
+    assert orange / blue == pytest.approx(3, rel=0.05)
+    assert draw_shares([], ["a"]).ndim == 3

@@ -123,3 +123,84 @@ def test_the_picture_shows_each_table(report):
     assert picture.dtype == np.uint8
     assert picture.shape[1] >= 900
     assert picture.std() > 20
+
+
+# --- the command line ---------------------------------------------------------------------------------------------
+
+
+def command(capsys, *arguments):
+    from ernie_pack.ernie_core import cli
+
+    code = cli.main(["evaluate", *map(str, arguments)])
+    return code, capsys.readouterr().out
+
+
+def test_the_command_line_reads_sets_and_writes_reports(verdicts, tmp_path, capsys):
+    from ernie_pack.ernie_core.evaluation.prompt_sets import EXAMPLE
+
+    code, out = command(capsys, "prompts", EXAMPLE)
+    assert code == 0
+    assert "48 prompts in 16 categories" in out
+    folders = tmp_path / "base", tmp_path / "turbo"
+    code, out = command(
+        capsys, "report", *folders, "--scorer", "built-in contrast", "--threshold", "1", "--out", tmp_path / "out"
+    )
+    assert code == 0
+    assert "## fidelity, base against turbo, by built-in contrast" in out
+    first = tmp_path / "out" / "verdicts.csv"
+    code, out = command(capsys, "report", "--verdicts", first, "--verdicts", first, "--out", tmp_path / "both")
+    assert code == 0
+    assert len(rows((tmp_path / "both" / "verdicts.csv").read_text("utf-8-sig"))) == 2 * len(
+        rows(first.read_text("utf-8-sig"))
+    )
+
+
+def test_the_command_line_reads_what_people_said(verdicts, tmp_path, capsys):
+    from ernie_pack.ernie_core.evaluation import verdict_store
+
+    sides = tuple(read_setting(tmp_path / name) for name in ("base", "turbo"))
+    with verdict_store.open_store(tmp_path / "verdicts.sqlite") as store:
+        id_ = verdict_store.begin(
+            store, verdict_store.Setup(name="n", annotator="ann", mode="side by side", settings=sides)
+        )
+        for _ in range(6):
+            verdict_store.answer(store, id_, verdict_store.upcoming(store, id_, count=1)[0].id, "left")
+    told = ("report", "--store", tmp_path / "verdicts.sqlite", "--name")
+    code, out = command(capsys, *told, "n", "--out", tmp_path / "out")
+    assert code == 0
+    assert "## alignment, base against turbo, by ann" in out
+    assert "ann has 62 questions of n left to answer" in out
+    assert command(capsys, *told, "other", "--out", tmp_path / "out")[0] == 1
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("prompts", "none.csv"),
+        ("report", "--out", "x"),
+        ("report", "somewhere", "--out", "x"),
+        ("report", "--scorer", "built-in contrast", "--out", "x"),
+        ("report", "--name", "n", "--out", "x"),
+        ("distance", "a", "b", "--model", "nowhere"),
+    ],
+    ids=["file", "nothing", "folder", "scorer", "name", "model"],
+)
+def test_the_command_line_refuses_with_code_one(tmp_path, capsys, monkeypatch, arguments):
+    monkeypatch.chdir(tmp_path)
+    assert command(capsys, *arguments)[0] == 1
+    assert not (tmp_path / "x").exists()
+
+
+def test_the_command_line_measures_folders(verdicts, tmp_path, capsys):
+    from tiny_vision import write_vision_model
+
+    write_vision_model(tmp_path / "vit", "vit")
+    out = tmp_path / "d" / "distance.json"
+    code, text = command(
+        capsys, "distance", tmp_path / "base", tmp_path / "turbo", "--model", tmp_path / "vit", "--out", out
+    )
+    assert code == 0
+    assert "FID " in text
+    told = json.loads(out.read_text("utf-8"))
+    assert told["num_first"] == told["num_second"] == 34
+    assert {"fid", "cmmd", "cmmd_published", "warnings", "problems"} <= told.keys()

@@ -9,7 +9,12 @@ from small_runs import WORKFLOWS, saved_pictures, shrink
 pytestmark = pytest.mark.host
 
 SIDE_PX, STEPS = 128, 4
-RUNS = ("ErnieBatchFromPrompts", "ErnieBestOfN", "ErnieXYGrid")  # their pictures go into a folder of their own
+RUNS = (
+    "ErnieBatchFromPrompts",
+    "ErnieBestOfN",
+    "ErnieXYGrid",
+    "ErniePromptSet",
+)  # their pictures go into a folder of their own
 LONG = 1000  # steps; far more than are done before the interrupt
 
 every_workflow = pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)

@@ -449,13 +449,22 @@ def test_only_pages_of_this_server_may_ask(headers, allowed):
     assert load_port().routes.is_same_origin(headers) is allowed
 
 
-def test_texts_of_the_page_are_there_in_both_languages():
+@pytest.mark.parametrize(
+    ("name", "scripts"),
+    [
+        ("erniePanel", ("panel.js", "tournament.js", "evaluation.js")),
+        ("ernieTournament", ("panel.js", "tournament.js")),
+        ("ernieEvaluation", ("panel.js", "evaluation.js")),
+    ],
+    ids=["shared", "tournament", "evaluation"],
+)
+def test_texts_of_the_page_are_there_in_both_languages(name, scripts):
     english, chinese = (
-        json.loads((ROOT / "locales" / language / "main.json").read_text("utf-8"))["ernieTournament"]
-        for language in ("en", "zh")
+        json.loads((ROOT / "locales" / language / "main.json").read_text("utf-8"))[name] for language in ("en", "zh")
     )
     assert english.keys() == chinese.keys()
-    script = (ROOT / "web" / "tournament.js").read_text("utf-8")
+    script = "".join((ROOT / "web" / file).read_text("utf-8") for file in scripts)
     for key in english:
-        assert f"'{key}'" in script, f"{key} is not used"
+        stem = key.removesuffix("OfOne").removesuffix("OfTwo")  # these are put together from the criterion
+        assert f"'{stem}'" in script, f"{key} is not used"
         assert english[key].count("{") == chinese[key].count("{"), key

@@ -222,6 +222,13 @@ def test_no_widget_is_left_out_above(node_classes, recording):
         for item in node_classes[node_id].GET_SCHEMA().inputs
         if item.get_io_type() in ("COMBO", "BOOLEAN", "STRING", "INT", "FLOAT")
     }
+    elsewhere |= {  # all of these in test_evaluation.py, with a painted prompt set and a real store
+        (node_id, item.id)
+        for node_id in ("ErniePromptSet", "ErnieJudgeByPeople", "ErnieJudgeByScorer", "ErnieEvaluationReport")
+        for item in node_classes[node_id].GET_SCHEMA().inputs
+        if item.get_io_type() in ("COMBO", "BOOLEAN", "STRING", "INT", "FLOAT")
+    }
+    elsewhere |= {("ErnieFolderDistance", w) for w in ("model_name", "first", "second", "batch_size")}  # there too
     elsewhere |= {  # all of these in test_scoring.py, with small scorers
         (node_id, item.id)
         for node_id in ("ErnieLoadScorer", "ErnieScoreImages", "ErnieFilterByScore", "ErnieBestOfN", "ErnieScoreReport")

@@ -15,6 +15,7 @@ WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
 
 SIDES = ("width", "height")
 MARGINS = ("left", "top", "right", "bottom")
+EVALUATED = ("color", "counting")  # of the sixteen categories of the example set
 MAX_WORDS = 12  # tokens that an enhancer with random weights writes; it never ends by itself
 
 
@@ -55,6 +56,8 @@ def shrink(prompt: dict, *, side_px: int, steps: int) -> dict:
             inputs |= {m: side_px for m in MARGINS if inputs[m]} | {"size": side_px}
         if node["class_type"] == "ErnieTiledSampling":
             inputs |= {"tile": final_px // 2, "overlap": final_px // 4}
+        if node["class_type"] == "ErniePromptSet":
+            inputs["categories"] = ", ".join(EVALUATED)
         if node["class_type"] == "ErnieTrain":
             inputs["process"] = "this one"  # the worker's start alone takes longer than such a run
     return small
@@ -83,6 +86,9 @@ def write_masked_picture(path: Path, side_px: int) -> None:
 def saved_pictures(prompt: dict) -> int:
     """How many pictures a run of one of our workflows writes into the output folder."""
     count = sum(node["class_type"] == "SaveImage" for node in prompt.values())
+    for node in prompt.values():
+        if node["class_type"] == "ErniePromptSet":
+            count += len(EVALUATED) * node["inputs"]["per_category"] * node["inputs"]["seeds_per_prompt"]
     makers = ("ErnieBatchFromPrompts", "ErnieBestOfN")
     for node in prompt.values():
         if node["class_type"] == "ErnieXYGrid":

@@ -21,6 +21,7 @@ NAMES = [
     "enhanced_prompt",
     "enhancer_on_off",
     "enhancer_variants",
+    "evaluate_prompts",
     "experts",
     "guidance",
     "hardware_adviser",
