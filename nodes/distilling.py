@@ -7,6 +7,7 @@ from pathlib import Path
 
 from comfy_api.latest import io
 
+from ..ernie_core.errors import ErnieError
 from .recipes import ADVANCED, CATEGORY, TrainingRecipe, advanced_inputs, common_inputs, make_recipe
 from .teachers import Teachers
 
@@ -39,6 +40,14 @@ class ErnieRecipeDistil(io.ComfyNode):
                     optional=True,
                     tooltip="From Teacher Table (ERNIE): which LoRAs teach what. Not connected (neutral): the model "
                     "teaches everything.",
+                ),
+                io.String.Input(
+                    "start_lora",
+                    default="",
+                    optional=True,
+                    force_input=True,
+                    tooltip="Path of a LoRA that student and fake score begin with, from Extract LoRA or Train. Not "
+                    "connected (neutral): initial_lora.",
                 ),
                 io.Int.Input(
                     "student_steps",
@@ -168,10 +177,14 @@ class ErnieRecipeDistil(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, settings: str, teachers=None, **widgets) -> io.NodeOutput:
+    def execute(cls, settings: str, teachers=None, start_lora=None, **widgets) -> io.NodeOutput:
         from ..ernie_core.training.teachers import with_files
 
         recipe = make_recipe("distil", widgets, settings)
+        if start_lora and recipe.initial_lora:
+            raise ErnieError("start_lora is connected and initial_lora chosen: set initial_lora to none.")
+        if start_lora:
+            recipe = replace(recipe, initial_lora=str(Path(start_lora).absolute()))
         if teachers is not None:
             table = with_files(teachers, lambda name: Path(name).absolute())  # another process reads them
             recipe = replace(recipe, distil=replace(recipe.distil, table=table))

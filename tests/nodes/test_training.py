@@ -30,7 +30,7 @@ from ernie_pack.ernie_core.training.recipe import (
 from ernie_pack.ernie_core.training.state import Job
 from ernie_pack.ernie_core.weights.checkpoint import read_header, write_safetensors
 from ernie_pack.standalone import graph, host, load_node_classes
-from random_models import DIT, RELEASED_FILES, write_random_models
+from random_models import DIT, LORAS, RELEASED_FILES, write_random_models
 from small_data import write_pairs, write_pictures
 
 nodes = importlib.import_module("ernie_pack.nodes.training")
@@ -141,7 +141,7 @@ def test_the_defaults_of_a_distillation_are_those_of_the_engine(node):
 
 @pytest.mark.parametrize("node_id", RECIPES)
 def test_every_widget_of_a_recipe_has_its_place(classes, session, node_id):
-    names = {item.id for item in classes[node_id].GET_SCHEMA().inputs} - {"settings", "teachers"}
+    names = {item.id for item in classes[node_id].GET_SCHEMA().inputs} - {"settings", "teachers", "start_lora"}
     assert names <= recipes.PATHS.keys()
     values = recipe_from_dict({"name": "a", "models": {"transformer": ""}}).to_dict()
     for name in names:
@@ -293,6 +293,17 @@ def test_a_lora_teaches_through_the_table(train, node, session):
     _, fast, _ = node("ErnieTrain", recipe=recipe, models=models, process="this one").args
     (teacher,) = json.loads(read_header(Path(fast))[1]["ernie.teachers"])
     assert teacher["lora"] == "my_lora.safetensors"
+
+
+def test_a_distillation_begins_with_the_lora_that_is_linked(node, session):
+    linked = str(session.output / "start.safetensors")
+    assert node("ErnieRecipeDistil", start_lora=linked)[0].initial_lora == linked
+    chosen = {"initial_lora": LORAS[0]}
+    (session.models / "loras").mkdir()
+    (session.models / "loras" / LORAS[0]).touch()
+    assert node("ErnieRecipeDistil", **chosen)[0].initial_lora.endswith(LORAS[0])
+    with pytest.raises(ErnieError, match="set initial_lora to none"):
+        node("ErnieRecipeDistil", start_lora=linked, **chosen)
 
 
 def test_a_distillation_wants_prompts_or_pictures(node):

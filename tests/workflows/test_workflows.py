@@ -17,6 +17,7 @@ NAMES = [
     "best_of_n",
     "compare",
     "curate_to_lora",
+    "distil_turbo",
     "edit_words",
     "enhanced_prompt",
     "enhancer_on_off",
@@ -30,6 +31,7 @@ NAMES = [
     "inpaint",
     "lora_report",
     "lora_stack",
+    "make_lora_fast",
     "mixed_with_core_nodes",
     "outpaint",
     "poster",
@@ -50,7 +52,7 @@ NAMES = [
     "xy_grid",
 ]
 HUB = "https://huggingface.co/Comfy-Org/ERNIE-Image/resolve/main/"  # as core's own ERNIE-Image blueprints have it
-MODEL_WIDGETS = {"model_name", "encoder_name", "enhancer_name", "vae_name"}
+MODEL_WIDGETS = {"model_name", "base_name", "tuned_name", "encoder_name", "enhancer_name", "vae_name"}
 WITHOUT_A_FILE = {"built-in labels"}  # what stands in such a widget and needs no file
 WITHOUT_MODELS = {"benchmark_scorers", "hardware_adviser", "lora_report", "score_folder", "tournament"}
 DRAWN_BY_THE_PAGE = {"MarkdownNote"}
