@@ -97,13 +97,14 @@ def _train(args: argparse.Namespace) -> int:
     return 0
 
 
+_SHORT = {"grad_norm": "|g|", "grad_norm_fake": "|g|_fake"}
+
+
 def _print_event(event: Mapping[str, Any]) -> None:
     if event["event"] == "step":
-        print(
-            f"step {event['step']}  loss {event['loss']:.4f}  lr {event['lr']:.3g}  |g| {event['grad_norm']:.3g}  "
-            f"{event['seconds']:.2f} s",
-            flush=True,
-        )
+        # A distillation's fake score has numbers of its own, and some steps have no others.
+        parts = [f"{_SHORT.get(k, k)} {v:.4g}" for k, v in event.items() if k.startswith(("loss", "lr", "grad_norm"))]
+        print(f"step {event['step']}  {'  '.join(parts)}  {event['seconds']:.2f} s", flush=True)
     else:
         print(event.get("message") or event["event"], flush=True)
 

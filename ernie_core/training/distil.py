@@ -74,6 +74,7 @@ def make_distil(job: Job, recipe: Recipe, views: Views, empty_text: Tensor, devi
     return Distil(
         recipe,
         empty_text=empty_text,
+        student=views.adapters["policy"],
         fake=Learner(adapter, config, steps=recipe.steps, head=head),
         middle=len(model.layers) // 2,
         trajectories=_open_trajectories(job, recipe),
@@ -126,6 +127,7 @@ class Distil(Objective):
         recipe: Recipe,
         *,
         empty_text: Tensor,
+        student: Adapter,
         fake: Learner,
         trajectories: TrajectoryCache,
         device: torch.device,
@@ -133,6 +135,7 @@ class Distil(Objective):
     ):
         """`middle`: the block whose output the critic sees."""
         self.recipe, self.config, self.empty_text = recipe, recipe.distil, empty_text
+        self.student = student
         self.learners, self.middle = {"fake": fake}, middle
         self.device = device
         self.grid = self.config.grid()
@@ -144,6 +147,8 @@ class Distil(Objective):
     def turns(self, step: int) -> Sequence[Turn]:
         fake, early = self.config.fake, self.config.trajectory_steps
         self.painted.clear()
+        if step == early > 0:
+            self._follow_student()
         if step < early:
             return (Turn(step=step),)
         fakes = [Turn(step=step, learner="fake", index=i) for i in range(fake.steps_per_student)]
@@ -171,7 +176,8 @@ class Distil(Objective):
             x = self.paint(batch, velocity, noise, chosen)
         self._remember(batch, x)
         with torch.no_grad():
-            push = self._push(batch, x.detach(), float(self.grid[chosen]), velocity, sums)
+            painted_at = 1.0 if config.gradient == "all" else float(self.grid[chosen])
+            push = self._push(batch, x.detach(), painted_at, velocity, sums)
         losses = matching_loss(x, push)
         if anchor is not None:
             losses = losses + config.anchor_weight * anchor
@@ -325,6 +331,16 @@ class Distil(Objective):
         return push
 
     # --- the fake score ---
+
+    def _follow_student(self) -> None:
+        """Let the fake score begin where the first stage has led the student, if both have one size.
+
+        The student then answers with the teachers' guided velocity, and that is the score of what it paints.
+        """
+        fake, student = self.learners["fake"].adapter, self.student
+        same = fake.state_dict().keys() == student.state_dict().keys()
+        if same and all(a.shape == b.shape for a, b in zip(fake.parameters(), student.parameters(), strict=True)):
+            fake.load_state_dict(student.state_dict())
 
     def _fake_losses(self, batch: Batch, velocity: Velocity, sums: Sums, turn: Turn) -> Tensor:
         config = self.config

@@ -60,7 +60,8 @@ class FakeConfig:
     """Whether every update paints new pictures. Else those that the student's update painted serve all of the step's,
     with new noise each time: a step costs one rollout."""
     initial_lora: str = ""
-    """LoRA file that it starts from; empty: from the student's start where that has one, else from nothing."""
+    """LoRA file that it starts from; empty: from the student's start where that has one, else from nothing. After a
+    first stage of trajectories it starts from the student, where both have one size."""
 
     def __post_init__(self) -> None:
         if self.rank is not None and self.rank < 1:

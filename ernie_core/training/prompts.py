@@ -31,6 +31,11 @@ class Prompts:
     def __len__(self) -> int:
         return len(self.items)
 
+    def report(self) -> str:
+        """Lines for people: how many there are, and of which tags."""
+        tags = ", ".join(f"{count} {tag or 'without a tag'}" for tag, count in self.tags.items())
+        return f"{len(self)} prompts: {tags}"
+
     @property
     def tags(self) -> dict[str, int]:
         """Prompts of each tag; "" = without one."""

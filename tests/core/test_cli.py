@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from ernie_pack.ernie_core.cli import main
@@ -132,6 +133,41 @@ def test_paths_in_a_job_file_are_relative_to_it(models, tmp_path, monkeypatch):
     assert recipe.models.transformer == str(tmp_path / "m")
     assert recipe.initial_lora == str(tmp_path / "x.safetensors")
     assert len(data.items) == 2
+
+
+DISTILLED = """
+objective = "distil"
+{head}
+[distil]
+steps = 2
+prompts = '''
+ink: a star
+a ring
+'''
+fake = {{warmup = 2, steps_per_student = 2}}
+[distil.table]
+rules = [{{tags = ["ink"], weights = {{base = 1.0}}}}]
+"""
+
+
+def test_a_student_is_distilled_without_any_graph(job_file, tmp_path, capsys):
+    from ernie_pack.ernie_core.training.job import read_job_file
+
+    path = tmp_path / "distil.toml"
+    head = Path(job_file()).read_text(encoding="utf-8").partition("[data]")[0]
+    path.write_text(DISTILLED.format(head=head), encoding="utf-8")
+    folder = str(tmp_path / "job")
+    assert main(["train", str(path), "--folder", folder, "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    assert "2 prompts: 1 ink, 1 without a tag" in out
+    assert "loss_fake" in out
+    assert main(["report", folder]) == 0
+    assert main(["preflight", str(path), "--no-probe"]) == 0
+    assert "2 prompts" in capsys.readouterr().out
+    with path.open("a", encoding="utf-8") as file:
+        file.write('teachers = [{name = "ink", lora = "ink.safetensors"}]\n')
+    recipe, _ = read_job_file(path)
+    assert recipe.distil.table.teachers[0].lora == str(tmp_path / "ink.safetensors")
 
 
 def test_lora_files_are_looked_at_and_rewritten(job_file, models, tmp_path, capsys):

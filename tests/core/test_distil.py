@@ -89,7 +89,9 @@ def make_objective(config, *, folder=None, **changes):
     trajectories = TrajectoryCache(
         folder or "none", teachers="", sigmas=config.grid(), substeps=config.trajectory_substeps
     )
-    return Distil(recipe, empty_text=EMPTY, fake=fake, trajectories=trajectories, device=torch.device("cpu"))
+    return Distil(
+        recipe, empty_text=EMPTY, student=adapter, fake=fake, trajectories=trajectories, device=torch.device("cpu")
+    )
 
 
 def make_batch(*tags, first=0):
@@ -350,6 +352,27 @@ def test_each_update_changes_its_own_adapter_and_teachers_never(models, tmp_path
     done = [e for e in job.events() if e["event"] == "step"]
     assert "loss" not in done[1]
     assert {"loss", "loss_fake", "lr_fake", "grad_norm_fake", "dm_cos", "dm_mag_ratio", "x_std"} <= done[2].keys()
+
+
+def test_after_the_first_stage_the_fake_score_follows_the_student(models, tmp_path):
+    config = DistilConfig(steps=2, trajectory_steps=2, trajectory_bank=1, fake=replace(FAKE, warmup=2))
+    recipe = small_recipe(models, objective="distil", distil=config, save_every=1, steps=3, keep=9)
+    job = small_job(tmp_path / "job", recipe)
+    train(job, device="cpu")
+    two, three = states(job, 2), states(job, 3)
+    names = [k for k in two if k.startswith("adapter.")]
+    assert any(not torch.equal(two[k], two[f"fake.{k}"]) for k in names)
+    assert all(float((two[k] - three[f"fake.{k}"]).abs().max()) <= 2 * 2 * FAKE.lr for k in names)
+
+
+def test_the_finished_picture_is_guided_at_every_level():
+    config = DistilConfig(form="decoupled", gradient="all", fake=FAKE)
+    levels = []
+    for first in range(0, 60, 3):
+        objective, model = make_objective(config), AskedModel()
+        objective.losses(make_batch("", "", "", first=first), model, Sums(), Turn(step=0))
+        levels.append(float(model.asked()[1][1].max()))
+    assert max(levels) > 0.8
 
 
 def test_a_lora_teaches(models, tmp_path):

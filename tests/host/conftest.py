@@ -24,7 +24,7 @@ import torch
 from comfyui_server import ComfyUI
 from ernie_pack.standalone import graph as graph_module
 from ernie_pack.standalone import host, load_node_classes
-from random_models import write_random_loras, write_random_models
+from random_models import write_random_loras, write_random_models, write_turbo
 from safetensors.torch import load
 from small_runs import WORKFLOWS, write_inputs
 
@@ -78,6 +78,7 @@ def write_models(folder: Path) -> None:
     """The tiny model under the released file names, or random weights where the trained ones are not there."""
     if TINY.is_dir():
         importlib.import_module("ernie_pack.tiny.package").export_single_files(folder)
+        write_turbo(folder)
         write_random_loras(folder)
     else:
         write_random_models(folder)

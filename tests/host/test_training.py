@@ -133,6 +133,78 @@ def test_a_preference_is_trained(graph, add_training, server):
     assert all(0 <= e["accuracy"] <= 1 for e in events)
 
 
+def add_distillation(graph, nodes, name, *, process="worker", lora="none", text="", **recipe):
+    """A small distillation, taught by `lora` where one is given; link to Train's first output."""
+    settings = {**SMALL, "student_steps": 8, "fake_updates": 1, "fake_warmup": 1, "prompts": "a red star\na blue ring"}
+    table = graph.add("ErnieTeacherTable", **defaults(nodes, "ErnieTeacherTable", lora_1=lora, text=text))
+    kind = "ErnieRecipeDistil"
+    return graph.add(
+        "ErnieTrain",
+        recipe=graph.add(kind, **defaults(nodes, kind, name=name, teachers=table, **settings | recipe)),
+        models=graph.add("ErnieTrainingModels", **defaults(nodes, "ErnieTrainingModels", **FILES)),
+        action="start or resume",
+        wait=True,
+        process=process,
+    )
+
+
+def test_a_student_is_distilled_from_a_lora_and_paints_by_core_in_8_steps(
+    graph, add_training, nodes, latents, server, need
+):
+    need("LoraModelLoader")
+    add_training(graph, "trained")
+    server.run(graph.prompt)
+    graph = Graph()
+    lora = add_distillation(graph, nodes, "fast", lora="trained.safetensors", text="* | * | * | trained")
+    held = graph.add("LoraModelLoader", **defaults(nodes, "LoraModelLoader", model=graph.model, lora=lora))
+    few = {"steps": 8, "cfg": 1.0}
+    plain, by_socket = latents(graph, graph.ernie_sampler(**few), graph.ernie_sampler(model=held, **few))
+    assert difference(plain, by_socket) > SAME, "the student learnt nothing"
+    done = [e for e in job_of(server, "fast").events() if e["event"] == "step"]
+    assert len(done) == 4
+    assert {"dm_cos", "loss_fake"} <= done[-1].keys()
+
+    graph = Graph()
+    core = graph.add(
+        "LoraLoader",
+        model=graph.model,
+        clip=graph.clip,
+        lora_name="fast.safetensors",
+        strength_model=1.0,
+        strength_clip=1.0,
+    )
+    from_file, under_ksampler = latents(
+        graph, graph.ernie_sampler(model=core, **few), graph.ksampler(model=core, **few)
+    )
+    assert torch.equal(by_socket, from_file)
+    assert difference(from_file, under_ksampler) < SAME
+    _, metadata = read_header(server.base / "models" / "loras" / "fast.safetensors")
+    assert '"lora": "trained.safetensors"' in metadata["ernie.teachers"]
+
+
+def test_a_distillation_inside_is_the_workers_and_its_health_is_shown(graph, nodes, server):
+    add_distillation(graph, nodes, "worker8", trajectory_steps=2)
+    add_distillation(graph, nodes, "inside8", process="this one", trajectory_steps=2)
+    server.run(graph.prompt)
+    there, here = lora_of(server, "worker8"), lora_of(server, "inside8")
+    assert there.keys() == here.keys()
+    assert all(torch.allclose(there[n].float(), here[n].float(), atol=1e-3, rtol=0.05) for n in there)
+    graph = Graph()
+    report = graph.add("ErnieTrainingReport", name="inside8")
+    graph.add("SaveImage", images=report, filename_prefix="test/health")
+    graph.add("PreviewAny", source=[report[0], 2])
+    finished = server.run(graph.prompt)
+    assert any("sample with 8 steps, shift 4, cfg 1" in str(shown) for shown in finished.outputs.values())
+    (curves,) = [f for f in finished.files() if f["type"] == "output"]
+    assert server.picture(curves).height > 4 * 260
+
+
+def test_a_distillation_without_prompts_is_an_error_of_the_node(graph, nodes, server):
+    add_distillation(graph, nodes, "empty", prompts="")
+    with pytest.raises(HostError, match="distillation needs prompts"):
+        server.run(graph.prompt)
+
+
 def test_an_interrupt_saves_frees_the_queue_and_the_next_run_finishes_the_same(graph, add_training, server):
     add_training(graph, "whole", steps=40)
     server.run(graph.prompt)

@@ -12,7 +12,13 @@ from ernie_pack.ernie_core.model.dit import DiT
 from ernie_pack.ernie_core.model.enhancer import Enhancer
 from ernie_pack.ernie_core.model.text_encoder import Tokenizer
 from ernie_pack.ernie_core.model.vae import VAE
-from ernie_pack.ernie_core.weights.checkpoint import Component, read_header, save_single_file, write_safetensors
+from ernie_pack.ernie_core.weights.checkpoint import (
+    Component,
+    read_component,
+    read_header,
+    save_single_file,
+    write_safetensors,
+)
 from ernie_pack.ernie_core.weights.lora import weight_shapes
 from lora_dialects import random_lora
 
@@ -59,11 +65,16 @@ def write_random_models(folder: Path) -> Path:
         weights = random_weights(model.state_dict(), seed=len(kind))
         component = Component(kind=kind, config=config, state_dict=weights, tokenizer=tokenizer, source=folder)
         save_single_file(component, folder / name)
-        if kind == "transformer":
-            another = {k: v + 0.01 * torch.ones_like(v) if k.endswith("to_q.weight") else v for k, v in weights.items()}
-            save_single_file(replace(component, state_dict=another), folder / TURBO_FILE)
+    write_turbo(folder)
     write_random_loras(folder)
     return folder
+
+
+def write_turbo(folder: Path) -> None:
+    """A Turbo that differs from the Base in `folder`, so that there is something to extract."""
+    base = read_component(folder / RELEASED_FILES["transformer"], "transformer")
+    weights = {k: v + 0.002 if k.endswith("to_q.weight") else v for k, v in base.state_dict.items()}
+    save_single_file(replace(base, state_dict=weights), folder / TURBO_FILE)
 
 
 def random_weights(like: dict[str, torch.Tensor], *, seed: int) -> dict[str, torch.Tensor]:
