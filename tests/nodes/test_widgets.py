@@ -203,6 +203,7 @@ def test_no_widget_is_left_out_above(node_classes, recording):
         ("ErnieServerEnhancer", name) for name in ("send_prompts", "url", "model", "key_variable", "timeout", "retries")
     }
     elsewhere |= {("ErnieEnhancePrompt", "cache")}  # in test_text.py, with two runs
+    elsewhere |= {("ErnieRecipeDistil", "start_lora")}  # a link, in test_training.py
     elsewhere |= set(LORA_WIDGETS)  # in test_lora.py, with real files
     elsewhere |= {  # all of these in test_inpainting.py, with pictures and a network in miniature
         (node_id, item.id)
