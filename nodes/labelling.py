@@ -77,6 +77,7 @@ def writing_inputs(*, temperature: float, max_tokens: int) -> list[io.Input]:
             default=0,
             min=0,
             max=MAX_SEED,
+            control_after_generate=True,
             tooltip="Of everything that is drawn. Each picture has draws of its own, so that order and number of "
             "pictures change nothing.",
         ),

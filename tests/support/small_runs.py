@@ -6,6 +6,7 @@ import copy
 import math
 from pathlib import Path
 
+from broken_images import BROKEN
 from PIL import Image
 from rated_images import draw_rated, write_rows
 from small_data import write_pairs, write_pictures
@@ -71,6 +72,10 @@ def write_inputs(folder: Path, *, side_px: int = 128) -> None:
     write_pictures(folder / "ernie_scores" / "a", count=3, captions=False)
     write_pictures(folder / "ernie_scores" / "b", count=2, captions=False)
     write_pictures(folder / "ernie_tournament", count=6, captions=False)
+    write_pictures(folder / "ernie_pile" / "3_square", count=4)
+    write_pictures(folder / "ernie_pile" / "again", count=2, captions=False)
+    for name in ("empty.png", "text.jpg", "cut.png"):
+        (folder / "ernie_pile" / name).write_bytes(BROKEN[name])
     write_rows(folder / "ernie_ratings" / "ratings.csv", draw_rated(folder / "ernie_ratings", count=12))
 
 

@@ -16,6 +16,7 @@ NAMES = [
     "benchmark_scorers",
     "best_of_n",
     "compare",
+    "curate_folder",
     "curate_to_lora",
     "distil_turbo",
     "edit_words",
@@ -54,7 +55,7 @@ NAMES = [
 HUB = "https://huggingface.co/Comfy-Org/ERNIE-Image/resolve/main/"  # as core's own ERNIE-Image blueprints have it
 MODEL_WIDGETS = {"model_name", "base_name", "tuned_name", "encoder_name", "enhancer_name", "vae_name"}
 WITHOUT_A_FILE = {"built-in labels"}  # what stands in such a widget and needs no file
-WITHOUT_MODELS = {"benchmark_scorers", "hardware_adviser", "lora_report", "score_folder", "tournament"}
+WITHOUT_MODELS = {"benchmark_scorers", "curate_folder", "hardware_adviser", "lora_report", "score_folder", "tournament"}
 DRAWN_BY_THE_PAGE = {"MarkdownNote"}
 PAGE_ONLY_WIDGETS = {"PreviewAny"}  # the page gives it widgets that its schema does not have
 TRAINING = {"ErnieDatasetFolder", "ErnieTrainingModels", "ErnieRecipe", "ErnieTrain"}
