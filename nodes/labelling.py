@@ -608,4 +608,4 @@ def counted(captioner, manifest, stage: str):
 def spent(chosen) -> list[str]:
     """A line on what a server counted, if one was asked."""
     writer = getattr(chosen, "writer", None)
-    return [writer.spent()] if hasattr(writer, "spent") else []
+    return [] if writer is None or not hasattr(writer, "spent") else [writer.spent()]

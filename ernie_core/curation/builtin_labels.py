@@ -3,13 +3,13 @@
 They name no objects. They are here so that the whole pipeline runs without a download, and to sort out what needs no
 model: blank pictures, drawings against photographs, black and white, dark, wide. Measured on at most 128 pixels:
 
-kind        blank     luma spread below 2 of 255
+kind        blank     no channel spreads by more than 2 of 255 (standard deviation)
             graphic   a third or more of the picture is flat: neighbours that differ by less than 1.5 of 255 in each
                       direction. Drawings, screens and charts are; photographs have grain and texture everywhere, so
                       studio shots and clear skies can pass for graphics
             photo     the rest; detailed paintings land here as well
-colour      the nearest of twelve basic colour names (Berlin and Kay 1969, and cyan) for most of the picture, in CIELAB;
-            "colourful" where no name has 40 %
+colour      the nearest colour name (the eleven of Berlin and Kay 1969, cyan and beige) for most of the picture, in
+            CIELAB; "colourful" where no name has 40 %
 light       mean luma: dark below 70, bright above 185, else medium
 format      wide from 1.2 : 1, tall from 1 : 1.2, else square
 """
@@ -31,20 +31,21 @@ from .manifest import Row
 RULES = 1  # raise it when a change here gives other labels
 SIDE_PX = 128
 COLOURS = {
-    "black": (12, 12, 12),
-    "white": (245, 245, 245),
-    "grey": (128, 128, 128),
-    "red": (205, 30, 35),
-    "orange": (240, 130, 30),
-    "yellow": (245, 220, 50),
-    "green": (50, 150, 60),
-    "cyan": (70, 200, 210),
-    "blue": (45, 85, 200),
-    "purple": (125, 55, 160),
-    "pink": (240, 150, 185),
-    "brown": (115, 70, 40),
+    "black": ((12, 12, 12),),
+    "white": ((245, 245, 245),),
+    "grey": ((128, 128, 128), (70, 70, 72), (190, 190, 192)),
+    "red": ((205, 30, 35), (120, 20, 25)),
+    "orange": ((240, 130, 30),),
+    "yellow": ((245, 220, 50), (250, 240, 150)),
+    "green": ((50, 150, 60), (25, 70, 35), (160, 215, 150)),
+    "cyan": ((70, 200, 210), (30, 110, 115)),
+    "blue": ((45, 85, 200), (35, 45, 90), (145, 195, 240)),
+    "purple": ((125, 55, 160), (60, 30, 80), (200, 175, 230)),
+    "pink": ((240, 150, 185),),
+    "brown": ((115, 70, 40), (60, 38, 22)),
+    "beige": ((222, 200, 165),),
 }
-"""Our own typical sRGB values of the names."""
+"""Typical sRGB values of the names, of our own: full, dark and light where people use one name for them."""
 MAIN_SHARE = 0.4
 
 
@@ -75,7 +76,11 @@ def measure_look(picture: Image.Image) -> Look:
     order = np.argsort(-shares, kind="stable")
     mean = float(luma_HW.mean())
     return Look(
-        kind="blank" if float(luma_HW.std()) < 2 else "graphic" if _flat_share(luma_HW) >= 1 / 3 else "photo",
+        kind="blank"
+        if float(rgb_HWC.std(axis=(0, 1)).max()) <= 2
+        else "graphic"
+        if _flat_share(luma_HW) >= 1 / 3
+        else "photo",
         colour=names[order[0]] if shares[order[0]] >= MAIN_SHARE else "colourful",
         second_colour=names[order[1]] if shares[order[0]] < 0.9 else "",
         colour_share=float(shares[order[0]]),
@@ -104,12 +109,15 @@ def to_lab(rgb_PC: np.ndarray) -> np.ndarray:
 
 
 @cache
-def _named() -> np.ndarray:
-    return to_lab(np.array(list(COLOURS.values())))
+def _named() -> tuple[np.ndarray, np.ndarray]:
+    """(CIELAB of every value, place of its name)."""
+    values = [(value, place) for place, values in enumerate(COLOURS.values()) for value in values]
+    return to_lab(np.array([value for value, _ in values])), np.array([place for _, place in values])
 
 
 def _nearest_colour(rgb_PC: np.ndarray) -> np.ndarray:
-    return np.linalg.norm(to_lab(rgb_PC)[:, None] - _named()[None], axis=2).argmin(axis=1)
+    lab_VC, places_V = _named()
+    return places_V[np.linalg.norm(to_lab(rgb_PC)[:, None] - lab_VC[None], axis=2).argmin(axis=1)]
 
 
 class BuiltinCategoriser:
@@ -133,7 +141,10 @@ def _assign(look: Look) -> Assignment:
 
 
 class BuiltinCaptioner:
-    """Captions that say what was measured, in English, such as "A bright graphic, mostly white with some red"."""
+    """Captions that say what was measured, in English, such as "A bright graphic, mostly white with some red".
+
+    A row with a caption of its own gets none: what somebody wrote says more, and later stages take the newest.
+    """
 
     def __init__(self, lengths: Sequence[str] = LENGTHS):
         """Raises ErnieError: an unknown length, or none."""
@@ -142,11 +153,15 @@ class BuiltinCaptioner:
     def key(self) -> str:
         return f"built-in:{RULES} {self.lengths}"
 
-    def describe(self, rows: Sequence[Row], pictures: Sequence[Image.Image]) -> list[Row | ErnieError]:  # noqa: ARG002
+    def describe(self, rows: Sequence[Row], pictures: Sequence[Image.Image]) -> list[Row | ErnieError]:
         made: list[Row | ErnieError] = []
-        for picture in pictures:
+        for row, picture in zip(rows, pictures, strict=True):
             columns = _describe(measure_look(picture))
-            made.append(columns | {"captions": {length: columns["captions"][length] for length in self.lengths}})
+            if str(row.get("caption") or "").strip():
+                notes = ["the caption beside the picture stays the only one"]
+                made.append(columns | {"captions": {}, "caption_notes": notes})
+            else:
+                made.append(columns | {"captions": {length: columns["captions"][length] for length in self.lengths}})
         return made
 
 

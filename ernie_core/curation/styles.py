@@ -381,10 +381,13 @@ class Styles:
             source = Source.of(row)
             if source.text:
                 name = str(row.get("id") or row.get("source") or "")
-                drawn = draw_style(self.shares, self.seed, name)
+                drawn: Style = draw_style(self.shares, self.seed, name)
                 made[i] = {"prompts": {}, "prompt_style": drawn, "prompt_notes": []}
-                wanted: list[Style] = [drawn, *(style for style in self.shares if self.every and style != drawn)]
-                asked += [(i, name, source, style) for style in wanted]
+                wanted: dict[Style, None] = {drawn: None}  # the drawn one first
+                if self.every:
+                    wanted.update(dict.fromkeys(self.shares))
+                for style in wanted:
+                    asked.append((i, name, source, style))
         answers = self.rewriter.rewrite([(name, source, style) for _, name, source, style in asked])
         for (i, _, source, style), answer in zip(asked, answers, strict=True):
             if found := check_answer(source, answer):

@@ -13,9 +13,9 @@ def textured(colour, size=(160, 100), *, seed=0):
     return Image.fromarray(np.clip(np.array(colour) + noise, 0, 255).astype(np.uint8))
 
 
-@pytest.mark.parametrize("name", list(COLOURS))
-def test_a_flat_picture_is_blank_and_has_its_colours_name(name):
-    look = measure_look(Image.new("RGB", (64, 64), COLOURS[name]))
+@pytest.mark.parametrize(("name", "value"), [(n, v) for n, values in COLOURS.items() for v in values])
+def test_a_flat_picture_is_blank_and_has_its_colours_name(name, value):
+    look = measure_look(Image.new("RGB", (64, 64), value))
     assert (look.kind, look.colour, look.second_colour, look.format) == ("blank", name, "", "square")
 
 
@@ -31,6 +31,21 @@ def test_texture_tells_photographs_from_drawings():
     )
 
 
+def test_two_colours_of_one_lightness_are_no_blank_picture():
+    picture = np.full((64, 64, 3), (155, 155, 158), np.uint8)
+    picture[20:44, 20:44] = (255, 128, 20)
+    look = measure_look(Image.fromarray(picture))
+    assert (look.kind, look.colour, look.second_colour) == ("graphic", "grey", "orange")
+
+
+@pytest.mark.parametrize(
+    ("background", "colour"), [("navy", "blue"), ("sky", "blue"), ("beige", "beige"), ("grey", "grey")]
+)
+def test_backgrounds_of_drawn_scenes_have_their_names(background, colour):
+    scene = Scene(shape="star", color="black", size="small", place="center", background=background)
+    assert measure_look(Image.fromarray(draw(scene, np.random.default_rng(0)))).colour == colour
+
+
 def test_light_and_format_follow_the_picture():
     assert measure_look(textured((30, 30, 30))).light == "dark"
     assert measure_look(textured((225, 225, 225), size=(80, 120))).light == "bright"
@@ -41,10 +56,10 @@ def test_light_and_format_follow_the_picture():
 def test_no_main_colour_is_colourful_and_two_colours_are_both_named():
     thirds = np.zeros((60, 90, 3), np.uint8)
     for i, name in enumerate(("red", "green", "blue")):
-        thirds[:, 30 * i : 30 * i + 30] = COLOURS[name]
+        thirds[:, 30 * i : 30 * i + 30] = COLOURS[name][0]
     assert measure_look(Image.fromarray(thirds)).colour == "colourful"
-    halves = np.full((60, 90, 3), COLOURS["yellow"], np.uint8)
-    halves[:, 60:] = COLOURS["purple"]
+    halves = np.full((60, 90, 3), COLOURS["yellow"][0], np.uint8)
+    halves[:, 60:] = COLOURS["purple"][0]
     found = BuiltinCategoriser().assign([Image.fromarray(halves)])[0]
     assert (found.category, found.runner_up) == ("graphic/yellow", "graphic/purple")
     assert found.confidence == pytest.approx(2 / 3, abs=0.02)

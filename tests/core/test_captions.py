@@ -187,11 +187,17 @@ def test_a_local_models_nonsense_fails_row_by_row_and_stops_nothing(manifest, tm
     assert report(read_rows(tmp_path / "plain.jsonl")).startswith("4 pictures with captions: 4 long")
 
 
-def test_built_in_captions_say_what_was_measured(manifest, tmp_path):
+def test_built_in_captions_say_what_was_measured_and_never_stand_before_what_somebody_wrote(manifest, tmp_path):
+    rows = list(read_rows(manifest))
+    for row in rows[1:]:
+        row["caption"] = ""
+    write_rows(manifest, rows)
     run_stage(Captions(BuiltinCaptioner()), manifest, tmp_path / "out.jsonl")
-    *rows, bad = read_rows(tmp_path / "out.jsonl")
+    written, *bare, bad = read_rows(tmp_path / "out.jsonl")
     assert "captions" in bad["failed"]
-    for row in rows:
+    assert best_text(written) == written["caption"] != ""
+    assert written["description"]["type"] == "graphic"
+    for row in bare:
         assert set(row["captions"]) == set(LENGTHS)
         assert "graphic" in row["captions"]["long"]
         assert row["caption_notes"] == ["measured on the pixels: no object is named"]

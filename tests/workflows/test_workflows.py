@@ -30,6 +30,7 @@ NAMES = [
     "hires_fix",
     "image_to_image",
     "inpaint",
+    "label_folder",
     "lora_report",
     "lora_stack",
     "make_lora_fast",
@@ -55,7 +56,8 @@ NAMES = [
 HUB = "https://huggingface.co/Comfy-Org/ERNIE-Image/resolve/main/"  # as core's own ERNIE-Image blueprints have it
 MODEL_WIDGETS = {"model_name", "base_name", "tuned_name", "encoder_name", "enhancer_name", "vae_name"}
 WITHOUT_A_FILE = {"built-in labels"}  # what stands in such a widget and needs no file
-WITHOUT_MODELS = {"benchmark_scorers", "curate_folder", "hardware_adviser", "lora_report", "score_folder", "tournament"}
+WITHOUT_MODELS = {"benchmark_scorers", "curate_folder", "hardware_adviser", "label_folder", "lora_report"}
+WITHOUT_MODELS |= {"score_folder", "tournament"}
 DRAWN_BY_THE_PAGE = {"MarkdownNote"}
 PAGE_ONLY_WIDGETS = {"PreviewAny"}  # the page gives it widgets that its schema does not have
 TRAINING = {"ErnieDatasetFolder", "ErnieTrainingModels", "ErnieRecipe", "ErnieTrain"}
