@@ -177,10 +177,9 @@ def make_extension() -> ComfyExtension:
             found,
         )
         return NoNodes()
-    from . import judging, tournament
+    from . import judging, panel_routes, tournament
     from .picture_notes import note_queued_run
 
-    tournament.serve_routes()
-    judging.serve_routes()
+    panel_routes.serve(tournament.ROUTES | judging.ROUTES)
     host.watch_queue(note_queued_run)
     return ErnieExtension()

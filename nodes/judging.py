@@ -1,23 +1,23 @@
 """People judge the pictures of a prompt set: pass or fail, or which of two settings is better, without knowing which.
 
 The node brings the pictures and reads the verdicts; in between the page (web/evaluation.js) asks and answers through
-the routes below, and every answer is on the disk before the next question is sent.
+the routes of panel_routes.py, and every answer is on the disk before the next question is sent.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from comfy_api.latest import io
 
 from ..ernie_core.errors import ErnieError
 from . import host
 from .dataset import ADVANCED, show
+from .panel_routes import Sessions, public
 from .prompt_sets import CATEGORY
-from .tournament import AHEAD, RESULTS, UNTIL, find_folder, folder_stamp, read_number, show_picture
+from .tournament import RESULTS, UNTIL, find_folder, folder_stamp
 
 if TYPE_CHECKING:
     from ..ernie_core.evaluation.verdict_store import Progress
@@ -175,72 +175,11 @@ def tell(state: Progress) -> str:
     return f"{who}: {state.left} verdicts left, {state.done} done; press Open evaluation to answer"
 
 
-# --- routes: what the page asks -------------------------------------------------------------------------------------
-
-
-def public(state: Progress) -> dict[str, Any]:
-    """What the page may know of an evaluation."""
-    return asdict(state) | {"complete": state.complete}
-
-
-def show_state(store, engine, id_: int) -> dict[str, Any]:
-    questions = [asdict(question) for question in engine.upcoming(store, id_, count=AHEAD)]
-    return {"evaluation": public(engine.progress(store, id_)), "questions": questions}
-
-
-def get_list(_path: Mapping, _query: Mapping, _body: Mapping) -> dict[str, Any]:
-    from ..ernie_core.evaluation import verdict_store as engine
-
-    with engine.open_store(store_path()) as store:
-        return {"evaluations": [public(state) for state in engine.list_evaluations(store)]}
-
-
-def get_state(path: Mapping, _query: Mapping, _body: Mapping) -> dict[str, Any]:
-    from ..ernie_core.evaluation import verdict_store as engine
-
-    with engine.open_store(store_path()) as store:
-        return show_state(store, engine, read_number(path["id"], "the evaluation"))
-
-
-def post_answer(path: Mapping, _query: Mapping, body: Mapping) -> dict[str, Any]:
-    from ..ernie_core.evaluation import verdict_store as engine
-
-    id_, question = read_number(path["id"], "the evaluation"), read_number(body.get("question"), "question")
-    with engine.open_store(store_path()) as store:
-        engine.answer(store, id_, question, body.get("answer"))  # type: ignore[arg-type]  # it checks
-        return show_state(store, engine, id_)
-
-
-def post_undo(path: Mapping, _query: Mapping, _body: Mapping) -> dict[str, Any]:
-    from ..ernie_core.evaluation import verdict_store as engine
-
-    id_ = read_number(path["id"], "the evaluation")
-    with engine.open_store(store_path()) as store:
-        undone = engine.undo(store, id_)
-        return show_state(store, engine, id_) | {"undone": undone}
-
-
-def get_picture(path: Mapping, query: Mapping, _body: Mapping) -> bytes:
-    """A picture of an evaluation, without anything that its file says."""
-    from ..ernie_core.evaluation import verdict_store as engine
-
-    id_, number = read_number(path["id"], "the evaluation"), read_number(path["number"], "the picture")
-    with engine.open_store(store_path()) as store:
-        file = engine.picture_path(store, id_, number)
-    return show_picture(file, number, query)
-
-
-ROUTES = {
-    "GET /ernie/evaluations": get_list,
-    "GET /ernie/evaluations/{id}": get_state,
-    "GET /ernie/evaluations/{id}/pictures/{number}": get_picture,
-    "POST /ernie/evaluations/{id}/answer": post_answer,
-    "POST /ernie/evaluations/{id}/undo": post_undo,
-}
-
-
-def serve_routes() -> None:
-    """Offer the routes, where there is a server."""
-    from ..ernie_core.scoring.judgments import Stale, Unknown
-
-    host.serve(ROUTES, {Unknown: 404, Stale: 409})
+SESSIONS = Sessions(
+    word="evaluation",
+    engine_name="evaluation.verdict_store",
+    store_path=store_path,
+    list_all="list_evaluations",
+    question=asdict,
+)
+ROUTES = SESSIONS.routes()

@@ -1,14 +1,14 @@
 """Tournaments of pictures: a person answers which of two looks better, and the answers become a ranking and pairs.
 
 The node brings the pictures and reads the results; in between the page (web/tournament.js) asks and answers through
-the routes below, and every answer is on the disk before the next question is sent.
+the routes below and in panel_routes.py, and every answer is on the disk before the next question is sent.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from comfy_api.latest import io
 from ..ernie_core.errors import ErnieError
 from . import host
 from .dataset import ADVANCED, Pairs, on_progress, show
+from .panel_routes import Sessions, public
 from .scoring import check_files
 
 if TYPE_CHECKING:
@@ -33,9 +34,6 @@ RESULTS = ("this annotator", "all annotators")
 PAIRS_FROM = ("best against worst", "every pair", "judged pairs")
 RULES = ("best against worst", "every pair")
 SHOWN_RANKS = 10  # on the node; the output has them all
-AHEAD = 4  # questions whose pictures the page fetches before they are asked
-SIDES_PX = (64, 8192)  # longest side that the page may ask for
-DEFAULT_SIDE_PX = 1600
 
 
 def pair_inputs(unit: str) -> list[io.Input]:
@@ -570,141 +568,44 @@ def load(path: Path):
     return torch.tensor(load_image(path).rgb_HWC).float()[None] / 255
 
 
-# --- routes: what the page asks -------------------------------------------------------------------------------------
+# --- routes: what the page asks besides what every kind of panel asks -----------------------------------------------
 
 
-def public(state: Progress) -> dict[str, Any]:
-    """What the page may know of a tournament."""
-    return asdict(state) | {"complete": state.complete}
+def question_of(question) -> dict[str, Any]:
+    return {name: getattr(question, name) for name in ("id", "round", "left", "right", "prompt")}
 
 
-def read_number(value: Any, what: str) -> int:
-    """A whole number from an address or a JSON value, as an id must be one."""
-    if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) <= 15:
-        return int(value)
-    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 10**15:
-        return value
-    raise ErnieError(f"{what} must be a whole number, got {str(value)[:40]!r}.")
-
-
-def show_state(store, judgments, id_: int) -> dict[str, Any]:
-    waiting = judgments.upcoming(store, id_, count=AHEAD)
-    questions = [{k: getattr(q, k) for k in ("id", "round", "left", "right", "prompt")} for q in waiting]
-    return {"tournament": public(judgments.progress(store, id_)), "questions": questions}
-
-
-def get_list(_path: Mapping, _query: Mapping, _body: Mapping) -> dict[str, Any]:
-    from ..ernie_core.scoring import judgments
-
-    with judgments.open_store(store_path()) as store:
-        return {"tournaments": [public(state) for state in judgments.list_tournaments(store)]}
-
-
-def get_state(path: Mapping, _query: Mapping, _body: Mapping) -> dict[str, Any]:
-    from ..ernie_core.scoring import judgments
-
-    with judgments.open_store(store_path()) as store:
-        return show_state(store, judgments, read_number(path["id"], "the tournament"))
-
-
-def post_answer(path: Mapping, _query: Mapping, body: Mapping) -> dict[str, Any]:
-    from ..ernie_core.scoring import judgments
-
-    id_, question = read_number(path["id"], "the tournament"), read_number(body.get("question"), "question")
-    with judgments.open_store(store_path()) as store:
-        judgments.answer(store, id_, question, body.get("answer"))  # type: ignore[arg-type]  # it checks
-        return show_state(store, judgments, id_)
-
-
-def post_undo(path: Mapping, _query: Mapping, _body: Mapping) -> dict[str, Any]:
-    from ..ernie_core.scoring import judgments
-
-    id_ = read_number(path["id"], "the tournament")
-    with judgments.open_store(store_path()) as store:
-        undone = judgments.undo(store, id_)
-        return show_state(store, judgments, id_) | {"undone": undone}
+SESSIONS = Sessions(
+    word="tournament",
+    engine_name="scoring.judgments",
+    store_path=store_path,
+    list_all="list_tournaments",
+    question=question_of,
+)
 
 
 def post_calibrate(path: Mapping, _query: Mapping, _body: Mapping) -> dict[str, Any]:
-    from ..ernie_core.scoring import judgments
-
-    id_ = read_number(path["id"], "the tournament")
-    with judgments.open_store(store_path()) as store:
-        judgments.calibrate_again(store, id_)
-        return show_state(store, judgments, id_)
+    id_ = SESSIONS.id(path)
+    with SESSIONS.open() as store:
+        SESSIONS.engine.calibrate_again(store, id_)
+        return SESSIONS.state(store, id_)
 
 
 def get_ranking(path: Mapping, _query: Mapping, _body: Mapping) -> dict[str, Any]:
     """The best pictures of a finished tournament."""
     from ..ernie_core.scoring import judgments
 
-    id_ = read_number(path["id"], "the tournament")
-    with judgments.open_store(store_path()) as store:
-        state = judgments.progress(store, id_)
-        if not state.complete:
+    id_ = SESSIONS.id(path)
+    with SESSIONS.open() as store:
+        if not judgments.progress(store, id_).complete:
             raise ErnieError("the ranking is shown when everything was answered: it would sway the answers.")
         best = judgments.rank(store, id_, intervals=False)[:SHOWN_RANKS]
         numbers = judgments.picture_numbers(store, id_, [r.path for r in best])
     return {"best": [{"place": r.place, "label": r.label, "number": numbers[r.path], "tier": r.tier} for r in best]}
 
 
-def get_picture(path: Mapping, query: Mapping, _body: Mapping) -> bytes:
-    """A picture of a tournament."""
-    from ..ernie_core.scoring import judgments
-
-    id_, number = read_number(path["id"], "the tournament"), read_number(path["number"], "the picture")
-    with judgments.open_store(store_path()) as store:
-        file = judgments.picture_path(store, id_, number)
-    return show_picture(file, number, query)
-
-
-def show_picture(file: Path, number: int, query: Mapping) -> bytes:
-    """A picture, decoded and encoded again: no file is handed out as it is.
-
-    Raises:
-        ErnieError: the query's side is no number of pixels that may be asked for.
-        Unknown: the file lies elsewhere or is gone.
-    """
-    from ..ernie_core.scoring import judgments
-    from ..ernie_core.training.pictures import load_image
-
-    side = read_number(query.get("side", DEFAULT_SIDE_PX), "side")
-    if not SIDES_PX[0] <= side <= SIDES_PX[1]:
-        raise ErnieError(f"side must lie between {SIDES_PX[0]} and {SIDES_PX[1]} pixels, got {side}.")
-    file = file.resolve()
-    if not any(file.is_relative_to(root.resolve()) for root in host.picture_folders()):
-        raise judgments.Unknown(f"picture {number} lies outside of the folders that may be shown.")
-    if not file.is_file():
-        raise judgments.Unknown(f"{file.name} is not there any more; skip it.")
-    return encode(load_image(file).rgb_HWC, side)
-
-
-def encode(rgb_HWC, side: int) -> bytes:
-    """JPEG of at most `side` pixels on the longest side; never enlarged."""
-    import io as data
-
-    from PIL import Image
-
-    image = Image.fromarray(rgb_HWC)
-    image.thumbnail((side, side), Image.Resampling.LANCZOS)
-    out = data.BytesIO()
-    image.save(out, "JPEG", quality=97, subsampling=0)
-    return out.getvalue()
-
-
 ROUTES = {
-    "GET /ernie/tournaments": get_list,
-    "GET /ernie/tournaments/{id}": get_state,
+    **SESSIONS.routes(),
     "GET /ernie/tournaments/{id}/ranking": get_ranking,
-    "GET /ernie/tournaments/{id}/pictures/{number}": get_picture,
-    "POST /ernie/tournaments/{id}/answer": post_answer,
-    "POST /ernie/tournaments/{id}/undo": post_undo,
     "POST /ernie/tournaments/{id}/calibrate": post_calibrate,
 }
-
-
-def serve_routes() -> None:
-    """Offer the routes, where there is a server."""
-    from ..ernie_core.scoring.judgments import Stale, Unknown
-
-    host.serve(ROUTES, {Unknown: 404, Stale: 409})

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+import functools
 import json
 import re
 import sqlite3
 
 import comfyui_page
 import pytest
+import tournament_page
 from comfyui_server import HostError
 from ernie_pack.ernie_core.evaluation.features import load_feature_model, measure_folders
 from ernie_pack.ernie_core.evaluation.prompt_sets import EXAMPLE, choose, read_prompt_set, read_setting
@@ -159,42 +161,17 @@ def shot(browser, pictures_folder):
     return lambda name: browser.page.screenshot(path=str(pictures_folder / f"evaluation_{name}.png"))
 
 
-def wait_for_question(page, *, not_: str | None = None) -> str:
-    """The id of the question whose pictures can be seen."""
-    page.wait_for_function(
-        "(was) => { const p = document.querySelector('#ernie-evaluation');"
-        " return p?.dataset.ready === 'true' && p.dataset.question && p.dataset.question !== was }",
-        arg=not_,
-        timeout=60_000,
-    )
-    return page.evaluate("() => document.querySelector('#ernie-evaluation').dataset.question")
+wait_for_question = functools.partial(tournament_page.wait_for_question, panel=PANEL)
 
 
 def heading(page) -> str:
     return page.locator(f"{PANEL} .ask > div").first.inner_text()
 
 
-def click_node_button(page) -> None:
-    """Click the button that the canvas draws on the node."""
-    x, y = page.evaluate("""() => {
-      const app = window.comfyAPI?.app?.app ?? window.app
-      const node = app.graph._nodes.find((n) => n.type === 'ErnieJudgeByPeople')
-      const widget = node.widgets.find((w) => w.name === 'open_evaluation')
-      app.canvas.ds.scale = 1
-      app.canvas.ds.offset = [40 - node.pos[0], 90 - node.pos[1]]
-      app.canvas.draw(true, true)
-      const rect = app.canvas.canvas.getBoundingClientRect()
-      const y = node.pos[1] + (widget.last_y ?? widget.y) + 10
-      const at = app.canvas.ds.convertOffsetToCanvas([node.pos[0] + node.size[0] / 2, y])
-      return [rect.x + at[0], rect.y + at[1]]
-    }""")
-    page.mouse.click(x, y)
-
-
 def test_the_button_opens_the_panel_and_the_first_run_brings_the_pictures(browser, workflow, shot):
     seen = browser.open_workflow(workflow)
     assert seen.problems == []
-    click_node_button(browser.page)
+    tournament_page.click_node_button(browser.page, "ErnieJudgeByPeople", "open_evaluation")
     run = browser.page.locator(f"{PANEL} [data-action=run]")
     run.wait_for()
     assert "has not begun" in browser.page.locator(PANEL).inner_text()

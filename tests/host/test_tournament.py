@@ -20,7 +20,7 @@ import comfyui_server
 import pytest
 from small_data import write_pairs, write_pictures
 from small_runs import ROOT
-from tournament_page import OPEN, PANEL, open_by_command, wait_for_question
+from tournament_page import OPEN, PANEL, click_node_button, open_by_command, wait_for_question
 
 pytestmark = pytest.mark.host
 
@@ -94,23 +94,6 @@ def shot(browser, pictures_folder):
     return lambda name: browser.page.screenshot(path=str(pictures_folder / f"tournament_{name}.png"))
 
 
-def click_node_button(page) -> None:
-    """Click the button that the canvas draws on the node."""
-    x, y = page.evaluate("""() => {
-      const app = window.comfyAPI?.app?.app ?? window.app
-      const node = app.graph._nodes.find((n) => n.type === 'ErnieTournament')
-      const widget = node.widgets.find((w) => w.name === 'open_tournament')
-      app.canvas.ds.scale = 1
-      app.canvas.ds.offset = [40 - node.pos[0], 90 - node.pos[1]]
-      app.canvas.draw(true, true)
-      const rect = app.canvas.canvas.getBoundingClientRect()
-      const y = node.pos[1] + (widget.last_y ?? widget.y) + 10
-      const at = app.canvas.ds.convertOffsetToCanvas([node.pos[0] + node.size[0] / 2, y])
-      return [rect.x + at[0], rect.y + at[1]]
-    }""")
-    page.mouse.click(x, y)
-
-
 def real_errors(browser) -> list[str]:
     return [text for text in browser.errors if not comfyui_page.NOISE.search(text)]
 
@@ -124,7 +107,7 @@ def test_the_node_has_a_button_and_the_first_run_brings_the_pictures(browser, wo
     assert next(n for n in seen.page["nodes"] if n["type"] == "ErnieTournament")["widgets_values"][:3] == [
         *("cats", "ann", "cats"),
     ]
-    click_node_button(browser.page)
+    click_node_button(browser.page, "ErnieTournament", "open_tournament")
     run = browser.page.locator(f"{PANEL} [data-action=run]")
     run.wait_for()
     assert "has not begun" in browser.page.locator(PANEL).inner_text()
@@ -446,7 +429,7 @@ def test_a_workflow_that_fails_is_not_hidden_behind_the_panel(browser, place, wo
     ]
     (tmp_path / "lost.json").write_text(json.dumps(graph))
     browser.open_workflow(tmp_path / "lost.json")
-    click_node_button(page)
+    click_node_button(page, "ErnieTournament", "open_tournament")
     page.locator(f"{PANEL} [data-action=run]").click()
     page.wait_for_function(f"() => !document.querySelector('{PANEL}')", timeout=20_000)
     assert "folder must be a folder of pictures" in place.server.log_text()

@@ -360,18 +360,18 @@ def test_a_picture_is_sent_as_a_jpeg_of_the_size_asked_for(tournament, call):
 def test_sizes_out_of_range_are_refused(tournament, call, side):
     tournament()
     with pytest.raises(ErnieError, match="side must"):
-        nodes.get_picture({"id": "1", "number": "0"}, {"side": side}, {})
+        nodes.SESSIONS.get_picture({"id": "1", "number": "0"}, {"side": side}, {})
 
 
 @pytest.mark.parametrize("id_", ["0x1", "-1", "1.0", "", "../1", "9" * 30, "one", "1 OR 1=1", None, True, [1]])
 def test_bad_ids_are_refused(tournament, id_):
     tournament()
     with pytest.raises(ErnieError, match="must be a whole number"):
-        nodes.get_state({"id": id_}, {}, {})
+        nodes.SESSIONS.get_state({"id": id_}, {}, {})
     with pytest.raises(ErnieError, match="must be a whole number"):
-        nodes.get_picture({"id": "1", "number": id_}, {}, {})
+        nodes.SESSIONS.get_picture({"id": "1", "number": id_}, {}, {})
     with pytest.raises(ErnieError, match="must be a whole number"):
-        nodes.post_answer({"id": "1"}, {}, {"question": id_, "answer": "left"})
+        nodes.SESSIONS.post_answer({"id": "1"}, {}, {"question": id_, "answer": "left"})
 
 
 def test_what_is_not_there_is_unknown(tournament, call):

@@ -1,4 +1,4 @@
-"""The tournament's panel in a page: opened by its command, answered by clicks."""
+"""The panel of tournaments and evaluations in a page: opened by command or button, answered by keys and clicks."""
 
 from __future__ import annotations
 
@@ -8,15 +8,35 @@ OPEN = "() => (window.comfyAPI?.app?.app ?? window.app).extensionManager.command
 PANEL = "#ernie-tournament"
 
 
-def wait_for_question(page, *, not_: str | None = None) -> str:
+def wait_for_question(page, *, not_: str | None = None, panel: str = PANEL) -> str:
     """The id of the question whose pictures can be seen."""
     page.wait_for_function(
-        "(was) => { const p = document.querySelector('#ernie-tournament');"
+        "([panel, was]) => { const p = document.querySelector(panel);"
         " return p?.dataset.ready === 'true' && p.dataset.question && p.dataset.question !== was }",
-        arg=not_,
-        timeout=30_000,
+        arg=[panel, not_],
+        timeout=60_000,
     )
-    return page.evaluate("() => document.querySelector('#ernie-tournament').dataset.question")
+    return page.evaluate("(panel) => document.querySelector(panel).dataset.question", panel)
+
+
+def click_node_button(page, node_type: str, widget: str) -> None:
+    """Click the button that the canvas draws on the node."""
+    x, y = page.evaluate(
+        """([type, name]) => {
+      const app = window.comfyAPI?.app?.app ?? window.app
+      const node = app.graph._nodes.find((n) => n.type === type)
+      const widget = node.widgets.find((w) => w.name === name)
+      app.canvas.ds.scale = 1
+      app.canvas.ds.offset = [40 - node.pos[0], 90 - node.pos[1]]
+      app.canvas.draw(true, true)
+      const rect = app.canvas.canvas.getBoundingClientRect()
+      const y = node.pos[1] + (widget.last_y ?? widget.y) + 10
+      const at = app.canvas.ds.convertOffsetToCanvas([node.pos[0] + node.size[0] / 2, y])
+      return [rect.x + at[0], rect.y + at[1]]
+    }""",
+        [node_type, widget],
+    )
+    page.mouse.click(x, y)
 
 
 def open_by_command(page, name="cats") -> None:
