@@ -37,6 +37,7 @@ LESSONS = {
     "calibrate": "calibrate_cache",
     "cache": "cache_saves",
     "loop": "preference_loop",
+    "categories": "prompt_categories",
 }
 
 
