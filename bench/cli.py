@@ -38,6 +38,7 @@ LESSONS = {
     "cache": "cache_saves",
     "loop": "preference_loop",
     "categories": "prompt_categories",
+    "draws": "drawing",
 }
 
 

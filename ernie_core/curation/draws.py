@@ -61,7 +61,7 @@ def open_pool(
 
     Rows that a filter dropped, whose file is no picture, or that lack the category or the score that others have, are
     left out and counted in `Pool.left_out`. A manifest without categories is one category. Several processes may ask at
-    once: the first to end wins, and all see the same arrays. Making it takes about 60 bytes of memory per row.
+    once: the first to end wins, and all see the same arrays. Making it takes about 100 bytes of memory per row.
 
     Args:
         manifest: JSONL or Parquet; of its rows `category` (a path like animal/bird) and `score` are read.
