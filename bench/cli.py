@@ -20,6 +20,7 @@ BENCHMARKS = {
     "scoring": "scoring",
     "tournament": "tournament",
     "ingest": "ingest",
+    "labelling": "labelling",
 }
 
 # Trained and judged on the tiny model: minutes each, so `all` leaves them out and `lessons` runs them; TRAINING.md.
