@@ -73,11 +73,10 @@ def writing_inputs(*, temperature: float, max_tokens: int) -> list[io.Input]:
             extra_dict=ADVANCED,
         ),
         io.Int.Input(
-            "seed",
+            "draw_seed",  # the page would draw another one after each run if it were called seed
             default=0,
             min=0,
             max=MAX_SEED,
-            control_after_generate=True,
             tooltip="Of everything that is drawn. Each picture has draws of its own, so that order and number of "
             "pictures change nothing.",
         ),
@@ -389,11 +388,11 @@ class ErnieCurateCaptions(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, manifest, lengths, form, batch_size, captioner=None, **asked) -> io.NodeOutput:
+    def execute(cls, manifest, lengths, form, draw_seed, batch_size, captioner=None, **asked) -> io.NodeOutput:
         from ..ernie_core.curation.captions import Captions, report
 
         wanted = ["long"] if form == "plain" else [part.strip() for part in lengths.split(",") if part.strip()]
-        chosen = make_captioner(captioner, manifest, lengths=wanted, form=form, **asked)
+        chosen = make_captioner(captioner, manifest, lengths=wanted, form=form, seed=draw_seed, **asked)
         made, text = run(Captions(chosen, batch_size=batch_size), manifest)
         lines = [text, report(made.rows()), *spent(chosen)]
         return io.NodeOutput(made, show(cls.hidden.unique_id, "\n".join(lines)))
@@ -441,14 +440,16 @@ class ErnieCurateCaptionStyles(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, manifest, preset, shares, every, seed, enhancer=None, captioner=None, **writing) -> io.NodeOutput:
+    def execute(
+        cls, manifest, preset, shares, every, draw_seed, enhancer=None, captioner=None, **writing
+    ) -> io.NodeOutput:
         from ..ernie_core.curation.styles import PRESETS as KNOWN
         from ..ernie_core.curation.styles import Styles, report
         from ..ernie_core.training.captions import read_styles
 
         wanted = dict(read_styles(shares)) if preset == CUSTOM else KNOWN[preset]
-        rewriter = make_rewriter(enhancer, captioner, manifest, seed=seed, **writing)
-        stage = Styles(rewriter, wanted, every=every, seed=seed, batch_size=8 if enhancer or captioner else 64)
+        rewriter = make_rewriter(enhancer, captioner, manifest, seed=draw_seed, **writing)
+        stage = Styles(rewriter, wanted, every=every, seed=draw_seed, batch_size=8 if enhancer or captioner else 64)
         made, text = run(stage, manifest)
         lines = [text, report(made.rows(), wanted), *spent(rewriter)]
         return io.NodeOutput(made, show(cls.hidden.unique_id, "\n".join(lines)))

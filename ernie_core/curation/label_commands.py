@@ -106,6 +106,7 @@ def _add_writer(
         command.add_argument("--max-tokens-each", type=int, default=max_tokens, help="longest answer")
         command.add_argument("--retries", type=int, default=2, help="tries after an answer that cannot be taken")
         command.add_argument("--seed", type=int, default=0)
+    _keep_neutral(command)
 
 
 def _writer(args: argparse.Namespace) -> tuple[Any, Any]:
@@ -130,8 +131,40 @@ def _writer(args: argparse.Namespace) -> tuple[Any, Any]:
     return writer, writer.spent
 
 
+def _keep_neutral(command: argparse.ArgumentParser) -> None:
+    names = {name for names in _READ_BY.values() for name in names}
+    command.set_defaults(neutral={name: command.get_default(name) for name in names})
+
+
+_READ_BY = {
+    "--model": ("template", "method", "beam", "min_confidence", "precision"),
+    "--vlm or --server": (
+        *("max_side", "form", "language", "hints", "instruction", "temperature", "max_tokens_each", "retries"),
+    ),
+    "--server": (
+        *("server_model", "key_variable", "send", "timeout", "concurrency", "max_requests", "max_tokens", "max_spend"),
+        *("price_in", "price_out", "per_minute"),
+    ),
+}
+
+
+def _refuse_unread(args: argparse.Namespace) -> None:
+    """Raise where an option was given that nothing in this call reads."""
+    given = {
+        "--model": bool(getattr(args, "model", None)),
+        "--vlm or --server": bool(args.vlm or args.server),
+        "--server": bool(args.server),
+    }
+    for reader, names in _READ_BY.items():
+        changed = [n for n in names if not given[reader] and hasattr(args, n) and getattr(args, n) != args.neutral[n]]
+        if changed:
+            shown = ", ".join("--" + name.replace("_", "-") for name in changed)
+            raise ErnieError(f"{shown} would not be read: give {reader}, or leave it out.")
+
+
 def categories(args: argparse.Namespace, how: Mapping[str, Any]) -> Iterator[str]:
     """Sort, then count."""
+    _refuse_unread(args)
     from .asked_categories import LanguageCategoriser
     from .builtin_labels import BuiltinCategoriser
     from .categories import TEMPLATES, Categories, ImageTextCategoriser
@@ -178,6 +211,7 @@ def categories(args: argparse.Namespace, how: Mapping[str, Any]) -> Iterator[str
 
 def captions(args: argparse.Namespace, how: Mapping[str, Any]) -> Iterator[str]:
     """Describe, then report."""
+    _refuse_unread(args)
     from .builtin_labels import BuiltinCaptioner
     from .captions import Captions, LanguageCaptioner, report
     from .manifest import read_rows
@@ -209,6 +243,7 @@ def captions(args: argparse.Namespace, how: Mapping[str, Any]) -> Iterator[str]:
 
 def styles(args: argparse.Namespace, how: Mapping[str, Any]) -> Iterator[str]:
     """Rewrite, then report."""
+    _refuse_unread(args)
     from .manifest import read_rows
     from .styles import PRESETS, LanguageRewriter, RuleRewriter, Styles, report
 

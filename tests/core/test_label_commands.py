@@ -113,8 +113,24 @@ def test_a_server_gets_nothing_without_leave_and_its_limits_hold(curate, tmp_pat
         ("styles", ["--share", "keyword"], "STYLE=NUMBER"),
         ("styles", ["--share", "poem=1"], "styles must be some of"),
         ("scores", ["--scorer", "built-in beauty"], "built-in combined"),
+        ("categories", ["--beam", "3"], "--beam would not be read: give --model"),
+        ("captions", ["--language", "Chinese"], "--language would not be read: give --vlm or --server"),
+        ("captions", ["--max-spend", "3"], "--max-spend would not be read: give --server"),
+        ("styles", ["--temperature", "1", "--retries", "0"], "--temperature, --retries would not be read"),
     ],
-    ids=["two ways", "tree alone", "two models", "no model", "no number", "no style", "no scorer"],
+    ids=[
+        "two ways",
+        "tree alone",
+        "two models",
+        "no model",
+        "no number",
+        "no style",
+        "no scorer",
+        "beam",
+        "language",
+        "spend",
+        "warmth",
+    ],
 )
 def test_what_cannot_be_is_told(curate, stage, options, message):
     code, said = curate(stage, 0, 1, *options)

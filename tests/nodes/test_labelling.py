@@ -147,7 +147,7 @@ CHANGES = {  # (widget's new value, what else is set so that it is read)
         "temperature": 0.5,
         "max_tokens": 99,
         "retries": 0,
-        "seed": 1,
+        "draw_seed": 1,
     },
     "ErnieCurateCaptionStyles": {
         "preset": "as it is",
@@ -156,7 +156,7 @@ CHANGES = {  # (widget's new value, what else is set so that it is read)
         "temperature": 0.5,
         "max_tokens": 99,
         "retries": 0,
-        "seed": 1,
+        "draw_seed": 1,
     },
     "ErnieCurateScores": {"column": "aes"},
 }
