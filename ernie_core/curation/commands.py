@@ -203,6 +203,7 @@ def _plan(args: argparse.Namespace) -> Iterator[str]:
     if args.preset and given:
         raise ErnieError(f"--preset {args.preset!r} says all of it; leave {', '.join(f'--{n}' for n in given)} out.")
     sampling = PRESETS[args.preset] if args.preset else Sampling(**given)
+    written: list[str] = []
     if args.target is None:
         pool = open_pool(args.source, depth=args.depth, on_progress=show_progress)
         if args.styles or args.dropout or args.trigger:
@@ -212,10 +213,10 @@ def _plan(args: argparse.Namespace) -> Iterator[str]:
         options = DatasetOptions(rules=rules, styles=read_styles(args.styles))
         dataset, pool = read_planned(args.source, sampling, options, depth=args.depth, on_progress=show_progress)
         write_manifest(dataset, args.target)
+        written = [f"{args.target}: {dataset.report()}"]
     mix = plan_mix(pool, sampling)
     yield mix.report()
     if args.picture:
         with replacing(args.picture) as file:
             Image.fromarray(draw_mix(mix)).save(file, "PNG")
-    if args.target is not None:
-        yield f"{args.target}: {dataset.report()}"
+    yield from written

@@ -276,8 +276,10 @@ def _take_group(batches: Iterator[Batch]) -> list[dict[str, Any]]:
 
 
 def _map(ray: Any, stage: Compute, group: list[dict[str, Any]], workers: int) -> Iterator[Batch]:
-    import ray.data
-
+    try:
+        import ray.data
+    except ImportError as e:
+        raise ErnieError(f"--engine ray needs Ray's data part as well ({e}): pip install 'ray[data]'.") from e
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     gpus = int(ray.cluster_resources().get("GPU", 0)) if getattr(stage, "wants_gpu", False) else 0

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from curation_stages import Double
@@ -247,6 +248,19 @@ def test_progress_counts_rows_to_their_end(source, tmp_path):
 def test_without_ray_it_says_what_to_install(source, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ErnieError, match="pip install ray"):
+        run_stage(Double(), source, tmp_path / "out.jsonl", engine="ray")
+
+
+def test_without_the_data_part_of_ray_it_says_what_to_install(source, tmp_path, monkeypatch):
+    class Ray:
+        exceptions = SimpleNamespace(RayError=OSError)
+
+        def __getattr__(self, name):
+            return lambda *_, **__: {"GPU": 0}
+
+    monkeypatch.setitem(sys.modules, "ray", Ray())
+    monkeypatch.setitem(sys.modules, "ray.data", None)
+    with pytest.raises(ErnieError, match=r"pip install 'ray\[data\]'"):
         run_stage(Double(), source, tmp_path / "out.jsonl", engine="ray")
 
 
