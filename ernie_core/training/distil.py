@@ -239,7 +239,7 @@ class Distil(Objective):
         x = torch.stack([state_at(n, v, self.grid, i) for n, v, i in zip(noises, velocities, steps, strict=True)])
         wanted = torch.stack([v[i] for v, i in zip(velocities, steps, strict=True)])
         predicted = velocity(x, self.grid[steps], batch.texts, ("policy",), attention)
-        losses = sft_loss(predicted, wanted.to(predicted))
+        losses = sft_loss(predicted, wanted.to(predicted.device))
         sums.add("trajectory", losses)
         return losses * batch.weights_B.to(losses)
 
