@@ -59,7 +59,7 @@ def create_job(folder: Path | str, recipe: Recipe, data: Data, *, start_over: bo
 
     Raises:
         ErnieError: data of another kind than the objective's; a process trains in the folder; or it has trained with
-            other settings or other data.
+            other settings or other data; or a LoRA file that it names is not there.
     """
     if recipe.distil.prompts and not isinstance(data, Prompts):
         raise ErnieError("the recipe has prompts of its own (distil.prompts): leave the dataset out, or the prompts.")
@@ -68,6 +68,9 @@ def create_job(folder: Path | str, recipe: Recipe, data: Data, *, start_over: bo
     kinds, needed = TRAINED_ON[recipe.objective]
     if not isinstance(data, kinds):
         raise ErnieError(f"the objective {recipe.objective} needs {needed}, got {type(data).__name__.lower()}.")
+    for what, path in _loras(recipe).items():
+        if not Path(path).is_file():
+            raise ErnieError(f"{what} {path} is not there (any more): choose another file, or put it back.")
     job = Job(folder)
     if start_over and job.exists():
         job.start_over()
@@ -86,6 +89,18 @@ def create_job(folder: Path | str, recipe: Recipe, data: Data, *, start_over: bo
     finally:
         fresh.unlink(missing_ok=True)
     return job
+
+
+def _loras(recipe: Recipe) -> dict[str, str]:
+    """Every LoRA file that the run will read, by what it is; known now, not after the base has been loaded."""
+    distil = recipe.distil
+    named = {
+        "initial_lora": recipe.initial_lora,
+        "reference_lora": recipe.reference_lora,
+        "distil.fake.initial_lora": distil.fake.initial_lora,
+        **{f"the LoRA of teacher {name}": distil.table.teacher(name).lora for name in distil.table.used()},
+    }
+    return {what: path for what, path in named.items() if path}
 
 
 def write_data(data: Data, path: Path) -> None:

@@ -10,14 +10,12 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from ..config import BASE
 from ..model.dit import DiT
 from ..model.vae import VAE
 from ..pipeline import make_denoise
 from ..sampling.guidance import with_cfg
 from ..sampling.latents import latent_size, make_noise
 from ..sampling.samplers import sample_euler
-from ..sampling.schedule import make_sigmas
 
 _PAPER, _INK, _GRID = (255, 255, 255), (40, 40, 46), (224, 224, 228)
 _COLOURS = ((38, 92, 196), (206, 84, 30), (34, 138, 84), (140, 62, 170), (120, 120, 128))
@@ -33,15 +31,15 @@ def sample_pictures(
     seed: int,
     width: int,
     height: int,
-    steps: int,
+    sigmas: Tensor,
     cfg: float,
 ) -> list[np.ndarray]:
-    """One picture uint8 [height, width, 3] per text features [T, D], from the noises of seed, seed + 1, ...
+    """One picture uint8 [height, width, 3] per text features [T, D], from the noises of seed, seed + 1, ...; painted
+    on the grid `sigmas`.
 
     One at a time: a preview must not need more memory than training does.
     """
     rows, columns = latent_size(width, height)
-    sigmas = make_sigmas(steps, shift=BASE.shift)
     weight = vae.quant_conv.weight
     pictures = []
     for i, text in enumerate(texts):

@@ -16,8 +16,11 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypeVar
 
+from torch import Tensor
+
 from ..config import BASE, TURBO
 from ..errors import ErnieError
+from ..sampling.schedule import make_sigmas
 from .adapters import AdapterConfig
 from .buckets import Stage
 from .distillation import DistilConfig
@@ -90,6 +93,7 @@ class SampleConfig:
     width: int = 1024
     height: int = 1024
     base_steps: int = BASE.steps
+    """Not for distil, whose students are painted on their own grid."""
     base_cfg: float = BASE.cfg
     turbo_steps: int = TURBO.steps
     turbo_cfg: float = TURBO.cfg
@@ -175,6 +179,9 @@ class Recipe:
             raise ErnieError("sigmas belong to sft and dpo; distil has its own, distil.noise and distil.fake.sigmas.")
         if self.objective == "distil" and self.depth.skip:
             raise ErnieError("depth leaves blocks out of the teachers as well; set depth.skip to 0 for distil.")
+        at = self.samples
+        if self.objective == "distil" and (at.base_steps, at.base_cfg) != (BASE.steps, BASE.cfg):
+            raise ErnieError("a student's samples are painted on its own grid at cfg 1: leave samples.base_* out.")
         fake_rank = self.distil.fake.rank or self.adapter.rank
         if fake_rank < self.adapter.rank:
             raise ErnieError(
@@ -187,6 +194,12 @@ class Recipe:
         """lr * alpha / rank: what two recipes with different scales can be compared by."""
         a = self.adapter
         return self.optimiser.lr * (a.alpha if a.alpha is not None else a.rank) / a.rank
+
+    def sampled_on(self) -> tuple[Tensor, float]:
+        """(sigmas, cfg) of the pictures made on the way: a student's are painted on its own grid without guidance."""
+        if self.objective == "distil":
+            return self.distil.grid(), 1.0
+        return make_sigmas(self.samples.base_steps), self.samples.base_cfg
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

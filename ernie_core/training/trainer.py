@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ..errors import ErnieError, Interrupted
 from ..model.attention import AttentionFunction
 from ..model.dit import DiT
-from ..sampling.schedule import NUM_TRAIN_TIMESTEPS
+from ..sampling.schedule import NUM_TRAIN_TIMESTEPS, make_sigmas
 from ..weights.checkpoint import build_vae, read_component
 from ..weights.lora import module_shapes, read_lora
 from .adapters import Adapter, Views
@@ -381,21 +381,18 @@ class Trainer:
             texts, empty = [self.feed.text(prompt) for prompt in s.prompts], self.feed.text("")
             common = {"seed": s.seed, "width": s.width, "height": s.height}
 
-            def row(model: DiT, steps: int, cfg: float, view: str, views: Views) -> list:
+            def row(name: str, model: DiT, views: Views, sigmas: Tensor, cfg: float) -> dict[str, list]:
                 with views.active(view):
-                    return sample_pictures(model, vae, texts, empty, steps=steps, cfg=cfg, **common)
+                    painted = sample_pictures(model, vae, texts, empty, sigmas=sigmas, cfg=cfg, **common)
+                return {f"step {self.step}: {name}, {len(sigmas) - 1} steps, cfg {cfg:g}": painted}
 
-            label = f"step {self.step}: %s, %d steps, cfg %g"
             view = "policy" if self.policy.average is None else "average"
-            rows = {
-                label % ("Base", s.base_steps, s.base_cfg): row(self.model, s.base_steps, s.base_cfg, view, self.views)
-            }
+            rows = row("Base", self.model, self.views, *self.recipe.sampled_on())
             if models.turbo:
                 turbo = load_base(models.turbo, precision=self.recipe.precision, device=self.world.device)
                 turbo_views = Views(turbo)
                 turbo_views.add(view, self.policy.result)
-                name = label % ("Turbo", s.turbo_steps, s.turbo_cfg)
-                rows[name] = row(turbo, s.turbo_steps, s.turbo_cfg, view, turbo_views)
+                rows |= row("Turbo", turbo, turbo_views, make_sigmas(s.turbo_steps), s.turbo_cfg)
             self.job.samples_folder.mkdir(exist_ok=True)
             path = self.job.samples_folder / f"step-{self.step:06d}.png"
             Image.fromarray(picture_grid(rows, s.prompts)).save(path)

@@ -4,11 +4,13 @@ import json
 from dataclasses import replace
 from hashlib import sha256
 
+import numpy as np
 import pytest
 import torch
 from ernie_pack.ernie_core.errors import ErnieError
 from ernie_pack.ernie_core.model.attention import attention
 from ernie_pack.ernie_core.sampling.samplers import sample_euler
+from ernie_pack.ernie_core.training import trainer as trainer_module
 from ernie_pack.ernie_core.training.adapters import Adapter, AdapterConfig
 from ernie_pack.ernie_core.training.dataset import read_dataset
 from ernie_pack.ernie_core.training.distil import Distil
@@ -33,7 +35,7 @@ from ernie_pack.ernie_core.training.prompts import (
     read_prompts_manifest,
     write_prompts_manifest,
 )
-from ernie_pack.ernie_core.training.recipe import DepthConfig, ModelPaths, OptimiserConfig, Recipe
+from ernie_pack.ernie_core.training.recipe import DepthConfig, ModelPaths, OptimiserConfig, Recipe, SampleConfig
 from ernie_pack.ernie_core.training.teachers import Rule, Teacher, TeacherTable
 from ernie_pack.ernie_core.training.trainer import train
 from ernie_pack.ernie_core.training.trajectories import (
@@ -398,6 +400,23 @@ def test_a_lora_teaches(models, tmp_path):
     ]
     assert str(tmp_path) not in json.dumps(metadata)
     assert any(not torch.equal(results[0][k], results[1][k]) for k in results[0])
+
+
+def test_samples_are_painted_on_the_students_grid(models, tmp_path, monkeypatch):
+    asked = []
+
+    def paint(model, vae, texts, empty, *, sigmas, cfg, **others):
+        asked.append((sigmas.tolist(), cfg))
+        return [np.zeros((48, 64, 3), np.uint8)]
+
+    monkeypatch.setattr(trainer_module, "sample_pictures", paint)
+    samples = SampleConfig(prompts=("a star",), every=0, width=64, height=48)
+    config = DistilConfig(sigmas=(1.0, 0.7, 0.0), fake=FAKE)
+    recipe = small_recipe(models, objective="distil", distil=config, samples=samples, steps=1)
+    train(small_job(tmp_path / "job", recipe), device="cpu")
+    assert asked == [(pytest.approx([1, 0.7, 0]), 1.0)] * 2
+    with pytest.raises(ErnieError, match=r"leave samples\.base_"):
+        small_recipe(models, objective="distil", samples=replace(samples, base_cfg=2.0))
 
 
 def test_a_critic_needs_pictures(models, tmp_path):

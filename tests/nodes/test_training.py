@@ -28,6 +28,7 @@ from ernie_pack.ernie_core.training.recipe import (
     recipe_from_dict,
 )
 from ernie_pack.ernie_core.training.state import Job
+from ernie_pack.ernie_core.training.teachers import Rule, Teacher, TeacherTable
 from ernie_pack.ernie_core.weights.checkpoint import read_header, write_safetensors
 from ernie_pack.standalone import graph, host, load_node_classes
 from random_models import DIT, LORAS, RELEASED_FILES, write_random_models
@@ -304,6 +305,26 @@ def test_a_distillation_begins_with_the_lora_that_is_linked(node, session):
     assert node("ErnieRecipeDistil", **chosen)[0].initial_lora.endswith(LORAS[0])
     with pytest.raises(ErnieError, match="set initial_lora to none"):
         node("ErnieRecipeDistil", start_lora=linked, **chosen)
+
+
+@pytest.mark.parametrize(
+    "widget", ["teacher_cfg", "student_shift", "fake_learning_rate", "gan_weight", "anchor_weight"]
+)
+def test_a_number_that_is_none_is_refused(node, widget):
+    with pytest.raises(ErnieError, match="got nan"):
+        node("ErnieRecipeDistil", prompts="a star", **{widget: float("nan")})
+
+
+def test_a_lora_that_has_gone_is_named_before_anything_is_loaded(node, session, tmp_path):
+    models = node("ErnieTrainingModels", **chosen_models())[0]
+    gone = tmp_path / "gone.safetensors"
+    recipe = node("ErnieRecipeDistil", **SMALL, prompts="a star", start_lora=str(gone))[0]
+    with pytest.raises(ErnieError, match=r"initial_lora .*gone.safetensors is not there"):
+        node("ErnieTrain", recipe=recipe, models=models, process="this one")
+    teachers = TeacherTable(teachers=(Teacher(name="ink", lora=str(gone)),), rules=(Rule(weights={"ink": 1.0}),))
+    recipe = node("ErnieRecipeDistil", **SMALL, prompts="a star", teachers=teachers)[0]
+    with pytest.raises(ErnieError, match=r"the LoRA of teacher ink .*gone.safetensors is not there"):
+        node("ErnieTrain", recipe=recipe, models=models, process="this one")
 
 
 def test_a_distillation_wants_prompts_or_pictures(node):

@@ -48,7 +48,8 @@ def shrink(prompt: dict, *, side_px: int, steps: int) -> dict:
         if node["class_type"] in ("ErnieRecipe", "ErnieRecipeDPO", "ErnieRecipeDistil"):
             inputs |= {"rank": 2, "resolution": str(side_px), "precision": "fp32", "save_every": steps}
             inputs |= {"sample_width": side_px, "sample_height": side_px, "sample_every": 0}
-            inputs["settings"] = f"[samples]\nbase_steps = {steps}"
+            if node["class_type"] != "ErnieRecipeDistil":  # which samples on the student's grid
+                inputs["settings"] = f"[samples]\nbase_steps = {steps}"
         if node["class_type"] == "ErnieCurateFilter":
             inputs["min_side"] = 0  # the pictures to learn from are smaller still
         if node["class_type"] == "ErnieChoosePairs":
