@@ -13,15 +13,21 @@ from PIL import Image
 from tiny_image_text import write_siglip_folder
 
 
-@pytest.fixture
-def curate(tmp_path, capsys):
-    """curate(stage, source, target, *options) -> (exit code, what was printed); 0.jsonl is there."""
-    rng = np.random.default_rng(0)
-    rows = []
+@pytest.fixture(scope="module")
+def pile(tmp_path_factory):
+    """Rows of drawn scenes."""
+    folder, rng = tmp_path_factory.mktemp("pile"), np.random.default_rng(0)
+    made = []
     for i, scene in enumerate(all_scenes()[::3001]):
-        Image.fromarray(draw(scene, rng)).save(tmp_path / f"{i}.png")
-        rows.append({"id": str(i), "source": str(tmp_path / f"{i}.png"), "caption": canonical_caption(scene)})
-    write_rows(tmp_path / "0.jsonl", rows)
+        Image.fromarray(draw(scene, rng)).save(folder / f"{i}.png")
+        made.append({"id": str(i), "source": str(folder / f"{i}.png"), "caption": canonical_caption(scene)})
+    return made
+
+
+@pytest.fixture
+def curate(pile, tmp_path, capsys):
+    """curate(stage, source, target, *options) -> (exit code, what was printed); 0.jsonl is there."""
+    write_rows(tmp_path / "0.jsonl", pile)
 
     def run(stage, source, target, *options):
         files = [str(tmp_path / f"{name}.jsonl") for name in (source, target)]

@@ -20,16 +20,22 @@ WIDGET_KINDS = ("COMBO", "BOOLEAN", "STRING", "INT", "FLOAT")
 LABEL_NODES = ("ErnieCurateCategories", "ErnieCurateCaptions", "ErnieCurateCaptionStyles", "ErnieCurateScores")
 
 
-@pytest.fixture
-def manifest(tmp_path):
-    rng = np.random.default_rng(0)
-    folder = tmp_path / "output" / "curation" / "pile"
-    folder.mkdir(parents=True)
-    rows = []
+@pytest.fixture(scope="module")
+def pile(tmp_path_factory):
+    """Rows of drawn scenes."""
+    folder, rng = tmp_path_factory.mktemp("pile"), np.random.default_rng(0)
+    made = []
     for i, scene in enumerate(all_scenes()[::3001]):
         Image.fromarray(draw(scene, rng)).save(folder / f"{i}.png")
-        rows.append({"id": str(i), "source": str(folder / f"{i}.png"), "caption": canonical_caption(scene)})
-    write_rows(folder / "01_ingest_0.jsonl", rows)
+        made.append({"id": str(i), "source": str(folder / f"{i}.png"), "caption": canonical_caption(scene)})
+    return made
+
+
+@pytest.fixture
+def manifest(pile, tmp_path):
+    folder = tmp_path / "output" / "curation" / "pile"
+    folder.mkdir(parents=True)
+    write_rows(folder / "01_ingest_0.jsonl", pile)
     return Manifest(folder / "01_ingest_0.jsonl")
 
 
