@@ -40,6 +40,7 @@ LESSONS = {
     "loop": "preference_loop",
     "categories": "prompt_categories",
     "draws": "drawing",
+    "tail": "long_tail",
 }
 
 

@@ -36,7 +36,11 @@ COLORS = {
 NOVEL_COLOR = "pink"
 """The same of colours: one that can be drawn and worded, and that no training picture and no caption shows."""
 INKS = {**COLORS, NOVEL_COLOR: (240, 90, 160)}
-"""What can be drawn with: the colours that training shows, and the one that is left for a LoRA."""
+"""The colours that training shows, and the one that is left for a LoRA."""
+TAIL_COLORS = ("brown", "cyan")
+"""Two more that training does not show, for what a rare category of pictures teaches (`tiny/tail.py`)."""
+ALL_INKS = {**INKS, "brown": (122, 70, 30), "cyan": (0, 190, 190)}
+"""What can be drawn with."""
 SIZES = {"small": 34 / 128, "large": 56 / 128}
 """Diameter of the object as a fraction of the picture's side."""
 _LOW, _MID, _HIGH = 0.275, 0.5, 0.725
@@ -63,7 +67,7 @@ BACKGROUNDS = {
 STYLES = ("plain", "gradient")
 
 FACTS = ("shape", "color", "size", "place", "background", "style")
-_NOVEL = (("shape", NOVEL_SHAPE), ("color", NOVEL_COLOR))
+_NOVEL = (("shape", NOVEL_SHAPE), *(("color", name) for name in (NOVEL_COLOR, *TAIL_COLORS)))
 VALUES: dict[str, tuple[str, ...]] = {
     "shape": SHAPES,
     "color": tuple(COLORS),
@@ -88,7 +92,7 @@ _OVERSAMPLING = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """What one picture shows; each field is one of `VALUES[field]`, or `NOVEL_SHAPE`, or `NOVEL_COLOR`."""
+    """What one picture shows; each field is one of `VALUES[field]`, or novel."""
 
     shape: str
     color: str
@@ -112,7 +116,7 @@ def background_ends(background: str, style: str) -> tuple[np.ndarray, np.ndarray
 
 def is_drawable(color: str, background: str, style: str = "plain") -> bool:
     """Whether an object of this colour stands out from every part of this background."""
-    ink = np.asarray(INKS[color], dtype=np.float64)
+    ink = np.asarray(ALL_INKS[color], dtype=np.float64)
     ends = background_ends(background, style)
     return min(float(np.linalg.norm(ink - end)) for end in ends) >= MIN_CONTRAST
 
@@ -217,7 +221,7 @@ def draw(scene: Scene, rng: np.random.Generator, size_px: int = 128) -> np.ndarr
     )[..., None]
     top, bottom = background_ends(scene.background, scene.style)
     depth = np.linspace(0, 1, size_px)[:, None, None]
-    picture = (top + (bottom - top) * depth) * (1 - mask) + np.asarray(INKS[scene.color]) * mask
+    picture = (top + (bottom - top) * depth) * (1 - mask) + np.asarray(ALL_INKS[scene.color]) * mask
     return np.rint(picture).astype(np.uint8)
 
 
