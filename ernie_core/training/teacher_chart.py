@@ -24,7 +24,7 @@ def draw_table(table: TeacherTable, *, width: int = 760) -> np.ndarray:
         if answers[0] == answers[1]:
             rows.append((f"{name}|both", "DM"))
         else:
-            rows += [(name, term) for term in TERMS]
+            rows.extend((name, term) for term in TERMS)
     names = table.used()
     colours = {name: _COLOURS[i % len(_COLOURS)] for i, name in enumerate(names)}
     left, right, top, step, bar = 190, width - 16, 30, 30, 22
