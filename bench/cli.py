@@ -41,6 +41,7 @@ LESSONS = {
     "categories": "prompt_categories",
     "draws": "drawing",
     "tail": "long_tail",
+    "distil": "distil_students",
 }
 
 

@@ -17,9 +17,8 @@ import torch
 from PIL import Image
 
 from ..ernie_core.pipeline import Pipeline
-from ..ernie_core.training.items import Dataset
+from ..ernie_core.training.feed import Data
 from ..ernie_core.training.job import create_job
-from ..ernie_core.training.pairs import Pairs
 from ..ernie_core.training.recipe import ModelPaths, Recipe
 from ..ernie_core.training.state import Job
 from ..ernie_core.training.trainer import train
@@ -41,16 +40,14 @@ def load_tiny() -> Pipeline:
     return pipeline
 
 
-def run_job(recipe: Recipe, data: Dataset | Pairs) -> tuple[Path, list[dict[str, Any]]]:
+def run_job(recipe: Recipe, data: Data) -> tuple[Path, list[dict[str, Any]]]:
     """Train under out/bench/jobs/NAME where that has not happened; (the LoRA file, its step events)."""
-    folder = WORK / "jobs" / recipe.name
-    job = Job(folder)
-    if job.exists() and (job.recipe() != recipe):
-        create_job(folder, recipe, data, start_over=True)
-    else:
-        create_job(folder, recipe, data)
-    path = train(job, device="cpu")
-    return path, [event for event in job.events() if event["event"] == "step"]
+    job = Job(WORK / "jobs" / recipe.name)
+    same = job.exists() and job.recipe() == recipe
+    if not same or job.newest_step() != recipe.steps:
+        create_job(job.folder, recipe, data, start_over=job.exists() and not same)
+        train(job, device="cpu")
+    return job.lora_path, [event for event in job.events() if event["event"] == "step"]
 
 
 def with_lora(pipeline: Pipeline, path: Path) -> Pipeline:
