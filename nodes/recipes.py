@@ -346,7 +346,7 @@ def advanced_inputs() -> list[io.Input]:
             multiline=True,
             default="",
             tooltip="Every other setting of a recipe, in TOML; for example [adapter] targets, [optimiser] betas, "
-            "[sigmas] shift, checkpointing, tensorboard. An unknown name is an error that suggests the right one. "
+            "checkpointing, tensorboard. An unknown name is an error that suggests the right one. "
             "Empty (neutral): defaults.",
             extra_dict=ADVANCED,
         ),
