@@ -74,6 +74,14 @@ MATCHING = replace(
     distil=DistilConfig(cfg=CFG, fake=FakeConfig(lr=1e-3, steps_per_student=2, warmup=12)),
 )
 
+WHOLE = replace(
+    MATCHING,
+    steps=70,
+    optimiser=replace(MATCHING.optimiser, lr=4e-4, ema=0.9),
+    distil=DistilConfig(cfg=CFG, gradient="all", fake=FakeConfig(lr=1e-3, steps_per_student=3, warmup=45)),
+)
+"""The finished picture is matched, with the gradient through all eight steps."""
+
 
 # --- experts and tables -------------------------------------------------------------------------------------
 
@@ -110,6 +118,10 @@ class Arm:
     """Of a start: whether it begins as the sum of the experts' LoRAs, and not from nothing."""
     steps: int = START.steps
     """Of a start."""
+    noises: int = 1
+    """Of a start: trajectories per prompt."""
+    matching: Recipe = MATCHING
+    seeds: tuple[int, ...] = SEEDS
 
 
 ARMS = {
@@ -118,13 +130,17 @@ ARMS = {
     "sigma": Arm("by noise level", by_sigma((NOVEL_SHAPE, NOVEL_COLOR), [HANDOVER])),
     "term": Arm("by term", by_objective(ca=NOVEL_SHAPE, dm=NOVEL_COLOR)),
     "experts": Arm("by tag, from the experts", BY_TAG, start="experts"),
-    "long": Arm("by tag, after the longer regression", BY_TAG, start="long"),
+    "long": Arm("by tag, after the longer regression", BY_TAG, start="long", seeds=(0,)),
+    "whole": Arm("by tag, the finished picture matched", BY_TAG, start="long", matching=WHOLE, seeds=(0,)),
 }
 STARTS = {
     "base": Arm("regression to one teacher"),
     "tag": Arm("regression by tag", BY_TAG),
     "experts": Arm("regression by tag, from the experts", BY_TAG, from_experts=True),
-    "long": Arm("longer regression by tag, from the experts", BY_TAG, from_experts=True, steps=900),
+    "long": Arm("longer regression by tag, from the experts", BY_TAG, from_experts=True, steps=900, seeds=(0,)),
+    "noises": Arm(
+        "longer regression, three noises per prompt", BY_TAG, from_experts=True, steps=900, noises=3, seeds=(0,)
+    ),
 }
 
 
@@ -229,7 +245,9 @@ def train_start(name: str, seed: int, loras: Mapping[str, Path]) -> tuple[Path, 
         seed=seed,
         steps=arm.steps,
         initial_lora=str(sum_of(loras)) if arm.from_experts else "",
-        distil=replace(START.distil, table=table(arm.rules, loras), trajectory_steps=arm.steps),
+        distil=replace(
+            START.distil, table=table(arm.rules, loras), trajectory_steps=arm.steps, trajectory_bank=arm.noises
+        ),
     )
     return train(recipe, cache=f"distil-cache-{'tag' if arm.rules else 'base'}")
 
@@ -250,11 +268,11 @@ def train_arm(name: str, seed: int, loras: Mapping[str, Path]) -> tuple[Path, fl
     arm = ARMS[name]
     start, _ = train_start(arm.start, seed, loras)
     recipe = replace(
-        MATCHING,
+        arm.matching,
         name=f"{MATCHING.name}-{name}-s{seed}",
         seed=seed,
         initial_lora=str(start),
-        distil=replace(MATCHING.distil, table=table(arm.rules, loras)),
+        distil=replace(arm.matching.distil, table=table(arm.rules, loras)),
     )
     return train(recipe, cache="distil-cache-matching")
 
@@ -272,12 +290,14 @@ def train(recipe: Recipe, *, cache: str) -> tuple[Path, float]:
 
 def evaluations(arm: str) -> dict[str, int]:
     """Network evaluations per training sample that a stage takes, a backward pass counted as two."""
-    start, matching, batch = START.distil, MATCHING.distil, START.batch_size
+    recipe = ARMS[arm].matching
+    start, matching, batch = START.distil, recipe.distil, START.batch_size
     made = sum(TAUGHT_PROMPTS.values()) * start.trajectory_bank * start.trajectory_substeps * STEPS * 2
     teachers = 3 if arm == "term" else 2  # by term: one expert with the prompt, the other with and without
-    student = (STEPS - 1) / 2 + 3 + teachers + 1
-    fake, updates = 3 * matching.fake.steps_per_student, MATCHING.steps - matching.fake.warmup_steps
-    warmup = matching.fake.warmup_steps * (fake + (STEPS + 1) / 2)
+    whole = matching.gradient == "all"
+    student = (3 * STEPS if whole else (STEPS - 1) / 2 + 3) + teachers + 1
+    fake, updates = 3 * matching.fake.steps_per_student, recipe.steps - matching.fake.warmup_steps
+    warmup = matching.fake.warmup_steps * (fake + (STEPS if whole else (STEPS + 1) / 2))
     return {
         "trajectories, once": made,
         "regression": 3 * batch * START.steps,
@@ -304,6 +324,8 @@ def judge_students(seed: int, base: Pipeline, loras: Mapping[str, Path], kept: K
     """Train and judge the starts and the arms of a seed."""
     for arms, trained in ((STARTS, train_start), (ARMS, train_arm)):
         for name, arm in arms.items():
+            if seed not in arm.seeds:
+                continue
             path, seconds = trained(name, seed, loras)
             student = dict.fromkeys(JUDGED_PROMPTS, with_lora(base, path))
             found = kept.get(f"{arm.label}, seed {seed}", lambda s=student: judge(s, steps=STEPS, cfg=1.0))
