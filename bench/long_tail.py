@@ -29,9 +29,9 @@ from .compare import Row
 from .lora_learns import RECIPE
 from .tiny_runs import SAMPLING_STEPS, WORK, load_tiny, percent, remember, run_job, save_picture, with_lora
 
-SEEDS = (0, 1)  # a third one was not run: an arm took two minutes on a machine that was full
+SEEDS = (0, 1, 2)
 PROMPTS = 16
-WAYS = ("proportional", ARTICLE, "tempered")
+WAYS = ("proportional", ARTICLE, "tempered", "uniform over categories")
 LEARNT = replace(
     RECIPE,
     name="tail",

@@ -74,9 +74,7 @@ def viewer(request, server, browser, tmp_path):
     page = browser.page
     if vue:
         server.post("/settings/Comfy.VueNodes.Enabled", True)
-    page.reload()
-    page.wait_for_function(comfyui_page.IS_READY, timeout=120_000)
-    page.wait_for_timeout(1500)
+    reload(page)
     browser.errors.clear()
     page.evaluate(comfyui_page.LOAD, [make_graph(), "compare"])
     page.wait_for_timeout(800)
@@ -90,6 +88,13 @@ def viewer(request, server, browser, tmp_path):
     yield page
     if vue:
         server.post("/settings/Comfy.VueNodes.Enabled", False)
+        reload(page)  # else the tests of other files get a page that still draws nodes as Vue components
+
+
+def reload(page):
+    page.reload()
+    page.wait_for_function(comfyui_page.IS_READY, timeout=120_000)
+    page.wait_for_timeout(1500)
 
 
 def stage(page):
